@@ -34,6 +34,7 @@ from circuits.experiments.patching import patch_paths
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.zoo.loading import load_model
+from circuits.tables import Table
 from circuits.tasks import Task
 from circuits.tasks.builtin import load_task
 from circuits.tasks.metrics import kl
@@ -181,6 +182,19 @@ def test_exact_patching_finds_the_edges_that_were_made_and_no_other(direction: A
     assert len(graph) == 21
     found = score_edges(graph, load_task(model, n=3, seed=5), "exact", direction=direction)
     assert effective(found) == ADDITION
+
+
+def test_redundant_heads_come_first_when_edges_are_restored() -> None:
+    """Removing one of the four induction heads leaves the other three; restoring one restores most of the answer."""
+    model = load_model("induction")
+    graph, task = edge_graph(model), load_task(model, n=16)
+    scores = score_edges(graph, task.find, "exact", direction="denoising")
+    first = [graph.edges[i] for i in scores.order("absolute")]
+    logits = [source for source, target in first if target == "logits"]
+    assert set(logits[:4]) == {"1.0", "1.1", "1.2", "1.3"}
+    keys = [source for source, target in first if target.endswith(".k") and target[0] == "1"]
+    assert keys[:4] == ["0.3"] * 4  # the previous-token head
+    assert "restoring an edge" in next(t.title for t in scores.tables(3) if isinstance(t, Table))
 
 
 @pytest.mark.parametrize("search", ["top", "greedy", "refine", "acdc"])

@@ -127,6 +127,7 @@ class Evaluation:
         own: the metric of the circuit.
         complement: the metric of all other edges.
         random: the metric of random circuits of the same size, layer profile and kinds.
+        same: how many of these are the circuit itself.
         others: the metric of further circuits to compare with, by what they are.
         other_sizes: their numbers of edges.
         curve: the ranking's faithfulness by size; None for a circuit without a ranking.
@@ -149,6 +150,7 @@ class Evaluation:
     own: Float[np.ndarray, " example"]
     complement: Float[np.ndarray, " example"]
     random: Float[np.ndarray, "circuit example"]
+    same: int
     others: Mapping[str, Float[np.ndarray, " example"]]
     other_sizes: Mapping[str, int]
     curve: Curve | None
@@ -282,7 +284,8 @@ class Evaluation:
             "all_edges_removed": float(self.empty.mean()), "circuit": float(self.own.mean()),
             "effect": asdict(self.effect), "faithfulness": asdict(self.faithfulness),
             "faithfulness_on_find": self.on_find, "complement": asdict(self.complement_faithfulness),
-            "random_circuits": list(self.random_faithfulness), "p_value": self.p_value,
+            "random_circuits": list(self.random_faithfulness), "random_circuits_that_are_it": self.same,
+            "p_value": self.p_value,
             "least_p": least_p(len(self.random)) if len(self.random) else None,
             "others": {
                 name: {"edges": self.other_sizes[name]} | asdict(self.ratio(values))
@@ -324,6 +327,11 @@ class Evaluation:
             f"({self.empty.mean():.4g} without edges, {self.full.mean():.4g} intact), seed {self.record.seed}"
         )
         yield Table(("of", "edges", "f", "95 % interval or range", "p"), rows, title)
+        if self.same:
+            yield (
+                f"{self.same} of the {len(self.random)} random circuits are the circuit itself: between its kinds of "
+                "parts there are few other edges, so that p says little"
+            )
         quantiles = ", ".join(f"{q:.0%} {v:.3g}" for q, v in self.errors.items())
         yield f"circuit minus model, over examples ({self.unit or self.metric}): {quantiles}"
         if self.ablation == "optimal":
@@ -482,7 +490,8 @@ def evaluate(
     metric, several = runs.metric, values[len(fixed) : first]
     return Evaluation(
         tuple(graph.edges[i] for i in np.flatnonzero(kept)), len(graph), metric.name, metric.unit, metric.better,
-        values[0], values[1], values[2], values[3], values[first:last], dict(zip(more, several, strict=True)),
+        values[0], values[1], values[2], values[3], values[first:last],
+        sum(bool((other == kept).all()) for other in randoms), dict(zip(more, several, strict=True)),
         {name: int(c.sum()) for name, c in more.items()}, curves[0] if curves else None, tuple(curves[1:]), on_find,
         smallest, ablation, task.clusters, Record.of(graph.model, task, seed),
     )  # fmt: skip

@@ -144,14 +144,23 @@ class EdgeScores:
             "notes": list(self.notes), "record": asdict(self.record),
         })  # fmt: skip
 
+    @property
+    def _doing(self) -> str:
+        """What is done to an edge, in words."""
+        if self.settings.get("direction") == "denoising":
+            return "restoring an edge where every edge is removed"
+        return "removing an edge"
+
     def tables(self, top: int) -> Iterator[Table | str]:
         """The edges with the largest scores, and what is said of all."""
+        # Effects of single edges need not add up: what is left over is no error of theirs.
+        exact = self.method in ("exact", *SIZES)
         order = self.order()[:top]
         rows = [
             (" -> ".join(self.edges[e]), i.value, between(i.low, i.high))
             for e, i in zip(order.tolist(), self.intervals(order), strict=True)
         ]
-        change = f"change of {self.metric} ({self.unit or 'its own unit'}) by removing an edge"
+        change = f"change of {self.metric} ({self.unit or 'its own unit'}) by {self._doing}"
         title = (
             f"{self.method}: {SIZES.get(self.method, change)}; {len(rows)} of {len(self.edges)} edges, "
             f"{self.record.measured_on}, seed {self.record.seed}"
@@ -159,6 +168,6 @@ class EdgeScores:
         yield Table(("edge", "score", "95 % interval"), rows, title)
         yield (
             f"{self.metric}: {self.clean.mean():.4g} intact, {self.corrupted.mean():.4g} with every edge removed"
-            + ("" if self.method in SIZES else f"; completeness residual {self.completeness:.2g}")
+            + ("" if exact else f"; completeness residual {self.completeness:.2g}")
         )
         yield from self.notes
