@@ -13,6 +13,7 @@ from torch import Tensor
 from circuits.cleanroom import addition, induction
 from circuits.discovery import (
     EdgeScores,
+    Recovered,
     Runs,
     acdc,
     discover,
@@ -20,13 +21,14 @@ from circuits.discovery import (
     edges_of,
     evaluate,
     greedy,
+    recovered,
     refine,
     score_edges,
     strongest_circuit,
     top,
 )
 from circuits.discovery.evaluating import ladder, log_mean
-from circuits.discovery.finding import swapped
+from circuits.discovery.finding import TRUE, swapped
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.searching import removal_effects, values_of
 from circuits.discovery.stability import stability
@@ -160,7 +162,7 @@ def test_gates_score_what_was_worked_out_by_hand_and_dead_edges_nothing(
 # --- hand-made circuits ------------------------------------------------------------------------------
 
 
-ADDITION = {tuple("mlp:0" if end == "mlp" else end for end in edge) for edge in addition.TRUE_EDGES}
+ADDITION = {*addition.TRUE_EDGES}
 
 
 def effective(scores: EdgeScores) -> set[tuple[str, str]]:
@@ -211,6 +213,16 @@ def test_every_search_finds_the_addition_circuit(search: Any) -> None:
     assert found.evaluation.complement_faithfulness.value == 0
     assert found.evaluation.smallest == 3
     assert found.checked is None
+    assert found.recovered == Recovered(3, 21, 1.0, 1.0)
+    assert found.evaluation.others[TRUE].tolist() == found.evaluation.full.tolist()
+
+
+def test_edges_that_are_known_to_be_true_are_ranked_by_hand() -> None:
+    made = recovered(np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, False]))
+    # Of four pairs of a true and another edge: 3 > 2, 3 > 1, 1 < 2, and 1 = 1 counts half.
+    assert (made.auroc, made.precision) == (2.5 / 4, 1 / 2)
+    with pytest.raises(ValueError, match="truth: 0 of 2 edges are true; expected some and not all"):
+        recovered(np.ones(2), np.zeros(2, bool))
 
 
 def test_the_strongest_edges_of_a_ranking_are_a_circuit_where_they_make_a_path() -> None:

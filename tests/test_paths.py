@@ -166,7 +166,7 @@ def test_addition_has_exactly_its_true_edges() -> None:
     assert len(found.paths) == len(wanted) == 21
     for edge, effect in zip(named(p for (p,) in found.paths), found.effects, strict=True):
         source, target = (name.removesuffix(":0") for name in edge)
-        assert bool(effect.any()) == ((source, target) in addition.TRUE_EDGES)
+        assert bool(effect.any()) == (tuple(edge) in addition.TRUE_EDGES)
         torch.testing.assert_close(effect.double(), wanted[source, target], rtol=1e-4, atol=1e-9)
 
 

@@ -30,10 +30,10 @@ _LOGIT = 30.0
 
 TRUE_EDGES: tuple[tuple[str, str], ...] = (
     ("token", "0.0.v"),
-    ("0.0", "mlp"),
-    ("mlp", "logits"),
+    ("0.0", "mlp:0"),
+    ("mlp:0", "logits"),
 )
-"""Source and target of each edge that does something; heads are written layer.head."""
+"""Source and target of each edge that does something; heads are written layer.head, MLPs mlp:layer."""
 
 
 def config(p: int) -> dict[str, object]:

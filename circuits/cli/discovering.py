@@ -108,6 +108,10 @@ def discover(
         check=Within(0),
     )] = 10,
     other: Other = "",
+    truth: Annotated[str, option(
+        "A saved circuit whose edges are known to be true, to see how well the scores find them. Of models with "
+        "weights written by hand they are known."
+    )] = "",
     pairs: Annotated[int, option(
         "How many of the strongest edges to patch two at a time, to tell redundant pairs from those that work only "
         "together; 0 for none.",
@@ -130,8 +134,9 @@ def discover(
     loaded = model.load()
     asked = task.compile(loaded, seed)
     further = _others(model.place, loaded, other)
-    graph = grain.graph(loaded, asked, _all_edges(further))
-    masks = _masks(graph, further)
+    known = _others(model.place, loaded, truth)
+    graph = grain.graph(loaded, asked, _all_edges(further | known))
+    masks, right = _masks(graph, further), next(iter(_masks(graph, known).values()), None)
     if scores:
         check_writable(scores, graph)
     settings: dict[str, Any] = {
@@ -141,11 +146,19 @@ def discover(
     }  # fmt: skip
     keep = make_now
     if save:
-        own = {"method": method, "graph": dict(graph.choices), "other": _all_edges(further)}
+        own = {"method": method, "graph": dict(graph.choices), "other": _all_edges(further | known)}
         keep = _keep(place, loaded, asked, own | settings)
     with output.stages() as stage:
         found = found_circuit(
-            graph, asked, method, seed=seed, stage=stage, keep=keep, other=masks, **settings
+            graph,
+            asked,
+            method,
+            seed=seed,
+            stage=stage,
+            keep=keep,
+            other=masks,
+            truth=right,
+            **settings,
         )
         null = None
         if shuffled:

@@ -18,6 +18,7 @@ from circuits.discovery.searching import acdc, greedy, refine, top
 from circuits.discovery.series import ModelSeries, compare_models
 from circuits.discovery.splitting import active_latents
 from circuits.discovery.stability import SearchStability
+from circuits.discovery.truth import Recovered, recovered
 
 __all__ = [
     "Alternatives",
@@ -32,6 +33,7 @@ __all__ = [
     "EdgeScores",
     "Evaluation",
     "ModelSeries",
+    "Recovered",
     "Runs",
     "SearchStability",
     "acdc",
@@ -48,6 +50,7 @@ __all__ = [
     "greedy",
     "pair_edges",
     "prune",
+    "recovered",
     "refine",
     "score_edges",
     "strongest",

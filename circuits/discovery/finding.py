@@ -22,6 +22,7 @@ from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
 from circuits.discovery.searching import SEARCHES, Search, acdc, check_size, greedy, refine, top
 from circuits.discovery.stability import Choose, SearchStability, stability
+from circuits.discovery.truth import known_edges, recovered
 from circuits.examples import BATCH
 from circuits.experiments import N_RANDOM
 from circuits.experiments.patched_runs import Direction
@@ -34,6 +35,7 @@ SIZE = 50
 """The number of edges that a search keeps unless it is told otherwise; small graphs keep a quarter of theirs."""
 
 BY_WEIGHT = "by weight magnitude"
+TRUE = "edges known to be true"
 SWAPPED = "found with answers swapped at random"
 
 CheckOn = Literal["find", "test"]
@@ -64,6 +66,7 @@ def discover(
     pairs: int = 0,
     alternatives: int = 0,
     other: Mapping[str, Mask] | None = None,
+    truth: Mask | None = None,
     batch: int = BATCH,
     memory: int = MEMORY,
     seed: int = 0,
@@ -95,6 +98,7 @@ def discover(
         pairs: how many of the strongest edges are patched two at a time (`pair_edges`); 0 for none, at least 2.
         alternatives: how many further circuits are looked for that are as good and share little with it.
         other: further circuits to compare with, such as another task's, by what they are.
+        truth: which edges are known to be true; of models with weights written by hand they are known if it is None.
         batch: examples per batch.
         memory: a rough limit for one pass, in bytes.
         seed: of everything random.
@@ -118,14 +122,16 @@ def discover(
     checked = work.checked(check, check_on)
     kept = work.searched()
     again = work.stability(kept)
-    others, notes = work.nulls(other or {})
+    truth = known_edges(graph, shift) if truth is None else truth
+    others, notes = work.nulls({**(other or {}), **({} if truth is None else {TRUE: truth})})
     made = work.evaluated(kept, others, n_random, n_curves)
     further = work.alternatives(kept, alternatives) if alternatives and made.defined else None
     paired = work.pairs(pairs) if pairs else None
     how: dict[str, Any] = {"search": search, "ranking": ranking, "size": work.size}
     how |= {} if threshold is None else {"threshold": threshold}
     circuit = circuit_graph(graph, kept, scores, task, how, again)
-    return Discovery(circuit, scores, checked, again, made, further, paired, notes)
+    right = None if truth is None else recovered(work.worth, truth)
+    return Discovery(circuit, scores, checked, again, made, further, paired, right, notes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from circuits.discovery.searching import (
     top,
 )
 from circuits.discovery.stability import SearchStability
+from circuits.discovery.truth import Recovered
 from circuits.graph.circuit import ORDER, CircuitGraph
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tables import Table
@@ -37,6 +38,7 @@ class Discovery:
         evaluation: how good the circuit is on the `test` half.
         alternatives: further circuits that are as good; None if none were asked for, or faithfulness is undefined.
         pairs: what the strongest edges do two at a time; None if it was not asked for.
+        recovered: how well the scores find edges that are known to be true; None if none are known.
         notes: comparisons that could not be made, and why.
     """
 
@@ -47,12 +49,14 @@ class Discovery:
     evaluation: Evaluation
     alternatives: Alternatives | None = None
     pairs: EdgePairs | None = None
+    recovered: Recovered | None = None
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
             "circuit": dict(self.circuit.graph["made"]), "scores": self.scores.to_dict(),
+            "recovered": None if self.recovered is None else self.recovered.to_dict(),
             "agreement": None if self.checked is None else self.checked.to_dict(),
             "stability": None if self.stability is None else self.stability.to_dict(),
             "evaluation": self.evaluation.to_dict(),
@@ -63,6 +67,8 @@ class Discovery:
     def tables(self, top: int) -> Iterator[Table | str]:
         """The strongest edges, how far scores can be trusted, and how good the circuit is."""
         yield from self.scores.tables(top)
+        if self.recovered is not None:
+            yield from self.recovered.lines()
         if self.checked is not None:
             yield from self.checked.lines()
         if self.stability is not None:
