@@ -38,7 +38,7 @@ from circuits.models.adapter.inputs import TokenInput
 from circuits.models.zoo.loading import load_model
 from circuits.tables import Table
 from circuits.tasks import Task
-from circuits.tasks.builtin import load_task
+from circuits.tasks.builtin import load_task, named_metric
 from circuits.tasks.metrics import kl
 from tests.edge_oracle import Oracle, TransformerEdges, last_logits
 from tests.gates import GATES, Planted, as_transformer
@@ -203,7 +203,7 @@ def test_redundant_heads_come_first_when_edges_are_restored() -> None:
 def test_every_search_finds_the_addition_circuit(search: Any) -> None:
     model = load_model("addition-by-hand")
     graph = edge_graph(model)
-    given = {"threshold": 0.01} if search == "acdc" else {"size": 3}
+    given: dict[str, Any] = {"threshold": 0.01} if search == "acdc" else {"size": 3}
     found = discover(
         graph, load_task(model, n=16, seed=1), "exact", search=search, n_random=9, **given
     )
@@ -342,6 +342,7 @@ def test_bad_input_is_refused_in_one_line(case: tuple[HookedModel, Task, Oracle]
         (lambda: Runs(graph, task, ablation="zero", shift=2), "does not go with the ablation zero"),
         (lambda: acdc(Runs(graph, task), 0.0), "threshold 0.0 must be above 0"),
         (lambda: evaluate(graph, task, graph.mask([]), find=task), "not evaluated on what it was found on"),
+        (lambda: Runs(graph, task.with_metric(named_metric(model, "hook_embed:3"))), "so that no edge changes it"),
         (lambda: edge_graph(model, ["hook_embed"]), "sites hook_embed: the edges of a transformer"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said) as caught:

@@ -142,6 +142,7 @@ class Runs:
         self.end: Site = model.last(metric_sites) if self._of_units else output_site(model)
         self.ends = list(dict.fromkeys([self.end, *metric_sites]))
         self._order = {s.name: i for i, s in enumerate(model.sites)}
+        self._check_reached(metric_sites)
         self._streams = PositionwiseStreams(model, self.end)
         self._pairs: list[Pair] | None = None
         self._starts: dict[str, Restart | None] = {}
@@ -149,6 +150,15 @@ class Runs:
         self._source = resampled(task, seed) if ablation == "resample" else task
         self._constants = self._mean_run() if ablation == "mean" else constants
         self._aligned = self._aligned_means() if ablation.startswith("mean-by-") else None
+
+    def _check_reached(self, metric_sites: Sequence[Site]) -> None:
+        """Raise ValueError if all that the metric reads is computed before anything that edges lead to."""
+        first = min(self.graph.slopes, key=self._order.__getitem__)
+        if metric_sites and all(self._order[s.name] < self._order[first] for s in metric_sites):
+            raise ValueError(
+                f"metric {self.metric.name} is computed before {first}, the first site that edges lead to, so that no "
+                "edge changes it; expected a metric of a later site"
+            )
 
     @property
     def constants(self) -> Mapping[str, Tensor]:
