@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -154,7 +155,7 @@ def _attached(root: nn.Module, visits: Iterable[tuple[Tap, Visit]]) -> Iterator[
         # A pass that was stopped or failed leaves counts behind, so they are cleared when a pass begins.
         handles.append(root.register_forward_pre_hook(lambda module, args: calls.clear()))
         for module, own in by_module.items():
-            handles.append(module.register_forward_hook(partial(_visited, calls, own)))
+            handles.append(module.register_forward_hook(partial(_visited, root, calls, own)))
             _move_last_hooks_to_the_end(module)
         with watching(by_module):
             yield
@@ -163,7 +164,22 @@ def _attached(root: nn.Module, visits: Iterable[tuple[Tap, Visit]]) -> Iterator[
             handle.remove()
 
 
+class _Visited(threading.local):
+    """The models, by id, whose hooks this thread is running.
+
+    A visit may itself call a module of the model, such as a normalisation that is measured: such a call belongs to no
+    pass, and no hook sees it.
+    """
+
+    def __init__(self) -> None:
+        self.roots: set[int] = set()
+
+
+_VISITED = _Visited()
+
+
 def _visited(
+    root: nn.Module,
     calls: Counter[nn.Module],
     visits: Iterable[tuple[Tap, Visit]],
     module: nn.Module,
@@ -171,14 +187,20 @@ def _visited(
     output: Any,
 ) -> Any:
     """Apply the visits that are meant for this call of a module to its output."""
+    if id(root) in _VISITED.roots:
+        return output
     # Counted before any visit, as one of them may end the pass.
     call = calls[module]
     calls[module] += 1
-    with uncounted():
-        for tap, visit in visits:
-            if tap.call == call:
-                changed = visit(output)
-                output = output if changed is None else changed
+    _VISITED.roots.add(id(root))
+    try:
+        with uncounted():
+            for tap, visit in visits:
+                if tap.call == call:
+                    changed = visit(output)
+                    output = output if changed is None else changed
+    finally:
+        _VISITED.roots.discard(id(root))
     return output
 
 

@@ -71,7 +71,7 @@ def legend_panel(record: ModelRecord, shown: CircuitGraph) -> None:
     made = shown.graph.get("made", {})
     if made.get("by") == "discover":
         method, metric = made.get("method"), made.get("metric")
-        colours = f"Without a red edge {metric} is higher, without a blue one lower. "
+        colours = f"A red edge adds to {metric}, a blue one takes from it. "
         said = (
             f"{counted} of weights {record.hash[:16]}, found on {made.get('task')} (find half): scores by {method}, "
             f"search {made.get('search')}, {made.get('settings', {}).get('ablation')} ablation, seed "

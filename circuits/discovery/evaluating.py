@@ -181,8 +181,8 @@ class Evaluation:
         if self.defined:
             return ""
         return (
-            f"faithfulness is undefined: removing every edge moves {self.metric} by {self.effect.value:.3g} (95 % "
-            f"interval {between(self.effect.low, self.effect.high)}), which cannot be told from 0"
+            f"faithfulness is undefined: removing every edge moves {self.metric} by {-self.effect.value:.3g} (95 % "
+            f"interval {between(-self.effect.high, -self.effect.low)}), which cannot be told from 0"
         )
 
     def ratio(self, values: Float[np.ndarray, " example"]) -> Interval:
@@ -283,7 +283,8 @@ class Evaluation:
             "metric": self.metric, "unit": self.unit, "intact": float(self.full.mean()),
             "all_edges_removed": float(self.empty.mean()), "circuit": float(self.own.mean()),
             "effect": asdict(self.effect), "faithfulness": asdict(self.faithfulness),
-            "faithfulness_on_find": self.on_find, "complement": asdict(self.complement_faithfulness),
+            "faithfulness_on_find": self.on_find if self.defined else None,
+            "complement": asdict(self.complement_faithfulness),
             "random_circuits": list(self.random_faithfulness), "random_circuits_that_are_it": self.same,
             "p_value": self.p_value,
             "least_p": least_p(len(self.random)) if len(self.random) else None,
@@ -293,7 +294,7 @@ class Evaluation:
             },
             "error_quantiles": {str(q): v for q, v in self.errors.items()},
             "cmd_log": self.cmd_log, "random_cmd_log": list(self.random_cmd_log), "cmd": self.cmd, "cpr": self.cpr,
-            "smallest_faithful": self.smallest,
+            "smallest_faithful": self.smallest if self.defined else None,
             "by_size": [
                 {"size": n, "connected": c, "faithfulness": f, "random": list(r)} for n, c, f, r in self.by_size()
             ],

@@ -17,11 +17,11 @@ from circuits.discovery.found import Discovery, circuit_graph
 from circuits.discovery.graphs import EdgeGraph
 from circuits.discovery.pairs import EdgePairs, pair_edges, strongest
 from circuits.discovery.pruning import PART, prune
-from circuits.discovery.results import SIZES, EdgeScores, Ranking, importance
+from circuits.discovery.results import SIZES, EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
 from circuits.discovery.searching import SEARCHES, Search, acdc, check_size, greedy, refine, top
-from circuits.discovery.stability import Choose, SearchStability, stability
+from circuits.discovery.stability import SearchStability, stability
 from circuits.discovery.truth import known_edges, recovered
 from circuits.examples import BATCH
 from circuits.experiments import N_RANDOM
@@ -123,7 +123,7 @@ def discover(
     kept = work.searched()
     again = work.stability(kept)
     truth = known_edges(graph, shift) if truth is None else truth
-    others, notes = work.nulls({**(other or {}), **({} if truth is None else {TRUE: truth})})
+    others, notes = work.nulls(kept, {**(other or {}), **({} if truth is None else {TRUE: truth})})
     made = work.evaluated(kept, others, n_random, n_curves)
     further = work.alternatives(kept, alternatives) if alternatives and made.defined else None
     paired = work.pairs(pairs) if pairs else None
@@ -183,13 +183,13 @@ class _Finding:
         return self.scores.worth(self.ranking)
 
     @property
-    def pick(self) -> Choose:
+    def pick(self) -> partial[Mask]:
         """From importance to edges. Searches that try edges are not repeated: greedy stands in for them."""
         return partial(top if self.search == "top" else greedy, self.graph, n=self.size)
 
     def chosen(self, mean: Float[np.ndarray, " edge"]) -> Mask:
         """The edges that are kept by mean scores."""
-        return self.pick(importance(mean, self.scores.better, self.ranking))
+        return self.pick(self.scores.importance(mean, self.ranking))
 
     def checked(self, n: int | None, on: CheckOn) -> Checked | None:
         """How far approximate scores agree with exact patching; None of exact ones and baselines."""
@@ -231,20 +231,27 @@ class _Finding:
         return kept
 
     def stability(self, kept: Mask) -> SearchStability | None:
-        """How far the same is found on other draws; None of searches that try edges."""
-        if self.search not in ("top", "greedy"):
+        """How far the same is found on other draws; None of searches that try edges, and of scores by weights."""
+        if self.search not in ("top", "greedy") or self.method == "weights":
             return None
         return stability(self.scores, kept, self.chosen, seed=self.seed)
 
-    def nulls(self, other: Mapping[str, Mask]) -> tuple[dict[str, Mask], tuple[str, ...]]:
-        """Circuits to compare with, and what is to be said of them."""
+    def nulls(
+        self, kept: Mask, other: Mapping[str, Mask]
+    ) -> tuple[dict[str, Mask], tuple[str, ...]]:
+        """Circuits to compare with, of the same size, and what is to be said of them."""
         found, notes = dict(other), list[str]()
+        pick = partial(top if self.search == "top" else greedy, self.graph, n=int(kept.sum()))
+        if self.search not in ("top", "greedy"):
+            notes.append(
+                f"the search {self.search} is not repeated: circuits to compare with are found by greedy"
+            )
         if self.ablation == "optimal":
             notes.append(
                 "edges were scored by mean ablation: optimal constants belong to a circuit"
             )
         try:
-            found[BY_WEIGHT] = self.pick(self.graph.weight_norms())
+            found[BY_WEIGHT] = pick(self.graph.weight_norms())
         except ValueError as error:
             notes.append(f"not compared with a circuit {BY_WEIGHT}: {error}")
         if self.method != "random" and self.find.compared:
@@ -253,7 +260,7 @@ class _Finding:
                 self.graph, swapped(self.find, self.seed), self.method, progress=told, keep=keep, **self.scoring,
                 **self.settings,
             )  # fmt: skip
-            found[SWAPPED] = self.chosen(scores.mean)
+            found[SWAPPED] = pick(scores.importance(scores.mean, self.ranking))
         return found, tuple(notes)
 
     def evaluated(
@@ -271,7 +278,8 @@ class _Finding:
         """Further circuits that are as good."""
         test = Runs(self.graph, self.test, **self.settings)
         told = self.stage("alternatives")
-        return find_alternatives(self.runs, test, kept, self.worth, self.pick, n, self.seed, told)
+        pick = partial(self.pick.func, self.graph, n=int(kept.sum()))
+        return find_alternatives(self.runs, test, kept, self.worth, pick, n, self.seed, told)
 
     def pairs(self, n: int) -> EdgePairs:
         """What the strongest edges do two at a time."""

@@ -34,7 +34,8 @@ class Discovery:
         circuit: the circuit.
         scores: the scores of all edges.
         checked: how far they agree with exact patching; None if they are exact, or baselines.
-        stability: how far the same circuit is found on other draws of the examples; None of searches that try edges.
+        stability: how far the same circuit is found on other draws of the examples; None of searches that try edges, and
+            of scores by weights, which no example changes.
         evaluation: how good the circuit is on the `test` half.
         alternatives: further circuits that are as good; None if none were asked for, or faithfulness is undefined.
         pairs: what the strongest edges do two at a time; None if it was not asked for.
@@ -105,7 +106,7 @@ def circuit_graph(
         more = {} if again is None else {"share": again.shares[graph.edges[edge]]}
         for node in graph.nodes_of(target, used):
             made.connect(
-                graph.node(graph.sources[source]), node, kind, sum=-float(scores.mean[edge]),
+                graph.node(graph.sources[source]), node, kind, sum=-scores.sign * float(scores.mean[edge]),
                 layer=graph.way(target), edge=" -> ".join(graph.edges[edge]), **more,
             )  # fmt: skip
     made.graph |= {

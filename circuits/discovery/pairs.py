@@ -473,9 +473,11 @@ def relation_of(
     best = stepping_in(noising, growth)
     slack = max(noise, _SMALL * largest)
     steps_in = best is not None and best.amount > slack
-    if into_output and steps_in and max(alone) > noise:
-        # Without a normalisation there is no interaction at all here.
-        return "backup" if all(_within(e.interval, slack) for e in ways) else None
+    if (
+        into_output and steps_in and max(alone) > noise
+        and all(_within(e.interval, slack) for e in ways)
+    ):  # fmt: skip
+        return "backup"  # without a normalisation or a metric that bends there is no interaction at all here
     if min(alone) <= noise and over <= noise:
         return None
     if all(_within(e.interval, max(noise, _SMALL * min(alone))) for e in ways):
@@ -484,7 +486,8 @@ def relation_of(
         return None
     if denoising.synergistic:
         return "conjunctive"
-    return "backup" if steps_in else "redundant"
+    # Between edges into the output growth is the interaction itself, by the bend of the metric.
+    return "backup" if steps_in and not into_output else "redundant"
 
 
 def stepping_in(noising: Effects, growth: Sequence[Growth]) -> Growth | None:

@@ -106,16 +106,22 @@ class EdgeScores:
             raise ValueError(
                 f"ranking signed: scores by {self.method} have no sign; expected absolute"
             )
-        return importance(self.mean, self.better, ranking)
+        return self.importance(self.mean, ranking)
+
+    def importance(
+        self, mean: Float[np.ndarray, " edge"], ranking: Ranking
+    ) -> Float[np.ndarray, " edge"]:
+        """How important each edge is by another mean of its scores, such as that of a bootstrap."""
+        return importance(self.sign * mean, self.better, ranking)
 
     @property
     def completeness(self) -> float:
         """The completeness residual: how far the scores of the input's edges are from adding up to the whole effect.
 
         |sum of scores - (m(0) - m(N))| / |m(0) - m(N)|; for exact integration along a path between the inputs it is
-        zero (Sundararajan et al. 2017). NaN if there is no effect, or scores are sizes.
+        zero (Sundararajan et al. 2017). NaN if there is no effect, or scores are no estimates.
         """
-        if self.method in SIZES:
+        if self.method in ("exact", "random", *SIZES):
             return float("nan")
         whole = float((self.corrupted - self.clean).mean())
         made = float(self.mean[list(self.input_edges)].sum())
@@ -145,16 +151,21 @@ class EdgeScores:
         })  # fmt: skip
 
     @property
+    def sign(self) -> int:
+        """1 if a score is the change of the metric by removing an edge, -1 if it is that by restoring one."""
+        return -1 if self.settings.get("direction") == "denoising" else 1
+
+    @property
     def _doing(self) -> str:
         """What is done to an edge, in words."""
-        if self.settings.get("direction") == "denoising":
+        if self.sign < 0:
             return "restoring an edge where every edge is removed"
         return "removing an edge"
 
     def tables(self, top: int) -> Iterator[Table | str]:
         """The edges with the largest scores, and what is said of all."""
         # Effects of single edges need not add up: what is left over is no error of theirs.
-        exact = self.method in ("exact", *SIZES)
+        exact = self.method in ("exact", "random", *SIZES)
         order = self.order()[:top]
         rows = [
             (" -> ".join(self.edges[e]), i.value, between(i.low, i.high))

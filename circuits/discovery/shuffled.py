@@ -68,7 +68,10 @@ def _facts(found: Discovery) -> Iterator[tuple[str, float | str]]:
                 yield f"Spearman with exact {way}", f"{r.value:.2f} ({between(r.low, r.high)})"
     f = made.faithfulness
     yield "faithfulness of the circuit", f"{f.value:.2f} ({between(f.low, f.high)})"
-    yield "smallest size with f >= 0.9", float("nan") if made.smallest is None else made.smallest
+    yield (
+        "smallest size with f >= 0.9",
+        made.smallest if made.smallest is not None and made.defined else float("nan"),
+    )
     yield "CMD_log", made.cmd_log
     if found.stability is not None:
         yield "Jaccard index of bootstraps", found.stability.jaccard
