@@ -61,7 +61,9 @@ def discovery(graph: EdgeGraph, task: Task, size: int = 10) -> Discovery:
     found = scores(graph, task.find)
     kept = greedy(graph, np.abs(found.mean), size)
     how = {"search": "greedy", "ranking": "absolute", "size": size}
-    noising = Agreement("noising", 12, Interval(0.95, 0.9, 1.0), Interval(1.0, 1.0, 1.0), 0.9, 0.0)
+    noising = Agreement(
+        "noising", 12, Interval(0.95, 0.9, 1.0), Interval(1.0, 1.0, 1.0), 0.9, 10, 0.0
+    )
     return Discovery(
         circuit_graph(graph, kept, found, task, how), found,
         Checked(tuple(range(20)), noising, None, 0.95, 0.01, ()),

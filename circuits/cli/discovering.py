@@ -21,7 +21,7 @@ from circuits.discovery.evaluating import evaluate as evaluated
 from circuits.discovery.finding import CheckOn, usual_size
 from circuits.discovery.finding import discover as found_circuit
 from circuits.discovery.formats import SUFFIXES, check_writable, read_edges, write_edges
-from circuits.discovery.found import edges_of, graph_of, parts_in, parts_of
+from circuits.discovery.found import check_not_found_on, edges_of, graph_of, parts_in, parts_of
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.pairs import LARGEST
 from circuits.discovery.results import EdgeScores, Ranking
@@ -232,6 +232,7 @@ def evaluate(
             )
         saved = _saved(model.place, loaded, circuit, version)
         graph = graph_of(saved, loaded)
+        check_not_found_on(saved, asked.test)
         kept, scores = graph.mask(edges_of(saved)), None
     masks = _masks(graph, more)
     with output.progress("evaluation") as progress:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import rankdata
 
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.runs import Runs
@@ -26,7 +25,10 @@ RESIDUAL = 0.05
 CORRELATION = 0.9
 """The rank correlation with exact patching below which scores count as unreliable."""
 
-_FEWEST = 3
+SIGNS = 0.9
+"""The share of equal signs below which scores count as unreliable."""
+
+_FEWEST = 5
 """With fewer edges above the noise than this there is no agreement to speak of."""
 
 _DRAWS = 1000
@@ -44,7 +46,8 @@ class Agreement:
         n: the number of edges in the sample whose exact effect can be told from 0.
         spearman: the rank correlation among these, each weighted by how rarely its like was drawn.
         signs: the share of these with the same sign.
-        overlap: the share of the ten largest by score that are among the ten largest by exact effect.
+        overlap: the share of the largest by score that are among as many largest by exact effect.
+        largest: how many these are: ten, or as many as have an effect.
         saturated: the share of these whose score is nearly 0 although the exact effect is not.
     """
 
@@ -53,6 +56,7 @@ class Agreement:
     spearman: Interval
     signs: Interval
     overlap: float
+    largest: int
     saturated: float
 
 
@@ -99,13 +103,21 @@ class Checked:
             yield (
                 f"agreement with exact {way} on {len(self.sampled)} edges ({found.n} above the noise): "
                 f"Spearman {r.value:.2f} ({r.low:.2f} to {r.high:.2f}), same sign {s.value:.0%} ({s.low:.0%} to "
-                f"{s.high:.0%}), {found.overlap:.0%} of the ten largest in common"
+                f"{s.high:.0%}), {found.overlap:.0%} of the {found.largest} largest in common"
             )
-        yield (
-            f"unreliable here: {'; '.join(self.causes)}"
-            if self.causes
-            else "nothing speaks against these scores"
-        )
+        yield self.verdict
+
+    @property
+    def verdict(self) -> str:
+        """Whether the scores can be trusted, in words."""
+        if self.causes:
+            return f"unreliable here: {'; '.join(self.causes)}"
+        if self.noising.n < _FEWEST:
+            return (
+                f"cannot be judged: fewer than {_FEWEST} edges of the sample have an effect that can be told from 0; "
+                "take more examples, or check more edges"
+            )
+        return "nothing speaks against these scores"
 
 
 def check_scores(
@@ -156,17 +168,32 @@ def _sample(
     total = len(sizes)
     if n >= total:
         return np.arange(total), np.ones(total)
-    share = sizes / sizes.sum() if sizes.sum() else np.full(total, 1 / total)
     uniform = rng.choice(total, n // 2, replace=False)
-    rest = n - len(uniform)
-    p = np.where(np.isin(np.arange(total), uniform), 0, share)
-    positive = int((p > 0).sum())
-    by_size = (
-        rng.choice(total, min(rest, positive), replace=False, p=p / p.sum()) if positive else []
-    )
-    chosen = np.sort(np.concatenate([uniform, by_size]).astype(int))
-    chance = 1 - (1 - n / 2 / total) * (1 - np.minimum(1, rest * share))
-    return chosen, 1 / np.maximum(chance[chosen], 1e-12)
+    share = sizes / sizes.sum() if sizes.sum() else np.full(total, 1 / total)
+    chance = _chances(share, n - len(uniform))
+    # Systematic sampling: points one apart along the sum of the chances, in an order drawn at random, so that each edge
+    # is drawn with its chance exactly.
+    order = rng.permutation(total)
+    ends = np.cumsum(chance[order])
+    points = rng.random() + np.arange(round(float(ends[-1])))
+    by_size = order[
+        np.minimum(np.searchsorted(ends, points[points < ends[-1]], "right"), total - 1)
+    ]
+    chosen = np.unique(np.concatenate([uniform, by_size]))
+    either = 1 - (1 - len(uniform) / total) * (1 - chance)
+    return chosen, 1 / np.maximum(either[chosen], 1e-12)
+
+
+def _chances(share: Float[np.ndarray, " edge"], n: int) -> Float[np.ndarray, " edge"]:
+    """Chances of being drawn in proportion to shares, at most 1, that add up to n (or to the shares above 0)."""
+    chance = np.minimum(1, n * share)
+    for _ in range(len(share)):  # what is over 1 is given to the others
+        free = (chance < 1) & (share > 0)
+        missing = n - float(chance.sum())
+        if missing < 1e-9 or not free.any():
+            break
+        chance[free] = np.minimum(1, chance[free] * (1 + missing / chance[free].sum()))
+    return chance
 
 
 def _compared(
@@ -181,18 +208,18 @@ def _compared(
     clear = _clear(effects, clusters, seed)
     if clear.sum() < _FEWEST:
         none = Interval(float("nan"), float("nan"), float("nan"))
-        return Agreement(way, int(clear.sum()), none, none, float("nan"), float("nan"))
+        return Agreement(way, int(clear.sum()), none, none, float("nan"), 0, float("nan"))
     a, b, w = own[clear], mean[clear], weights[clear]
     same = np.sign(a) == np.sign(b)
     rng = np.random.default_rng(seed)
     drawn = [rng.integers(0, len(a), len(a)) for _ in range(_DRAWS)]
     ranks = np.array([_spearman(a[i], b[i], w[i]) for i in drawn])
     signs = np.array([np.average(same[i], weights=w[i]) for i in drawn])
-    k = min(_TOP, len(own))
+    k = min(_TOP, int(clear.sum()))
     top = [set(np.argsort(-np.abs(x), kind="stable")[:k].tolist()) for x in (own, mean)]
     return Agreement(
         way, int(clear.sum()), Interval(_spearman(a, b, w), *percentiles(ranks[np.isfinite(ranks)])),
-        Interval(float(np.average(same, weights=w)), *percentiles(signs)), len(top[0] & top[1]) / k,
+        Interval(float(np.average(same, weights=w)), *percentiles(signs)), len(top[0] & top[1]) / k, k,
         float((np.abs(a) < _FLAT * np.abs(b)).mean()),
     )  # fmt: skip
 
@@ -214,24 +241,36 @@ def _spearman(
     weights: Float[np.ndarray, " edge"],
 ) -> float:
     """The weighted correlation of ranks."""
-    x, y = rankdata(a), rankdata(b)
+    x, y = _ranks(a, weights), _ranks(b, weights)
     x, y = x - np.average(x, weights=weights), y - np.average(y, weights=weights)
     size = np.sqrt(np.average(x * x, weights=weights) * np.average(y * y, weights=weights))
     return float(np.average(x * y, weights=weights) / size) if size else float("nan")
 
 
+def _ranks(
+    values: Float[np.ndarray, " edge"], weights: Float[np.ndarray, " edge"]
+) -> Float[np.ndarray, " edge"]:
+    """Ranks among all edges that the sample stands for: the weight of what is smaller, and half of that of equals."""
+    found, places = np.unique(values, return_inverse=True)
+    each = np.bincount(places, weights, len(found))
+    return (np.cumsum(each) - each / 2)[places]
+
+
 def _causes(scores: EdgeScores, found: dict[str, Agreement], both: float) -> Iterator[str]:
     if scores.method != "exact" and not scores.completeness <= RESIDUAL:
         yield f"the completeness residual is {scores.completeness:.2g} (expected at most {RESIDUAL})"
-    noising = found["noising"]
-    if noising.n < _FEWEST:
-        yield f"fewer than {_FEWEST} edges of the sample have an effect that can be told from 0"
-    elif noising.spearman.value < CORRELATION:
-        r = noising.spearman.value
-        yield f"the rank correlation with exact noising is {r:.2f} (expected at least {CORRELATION})"
-    if noising.saturated > 0.05:
-        yield f"{noising.saturated:.0%} of the edges are saturated: their score is nearly 0, their exact effect is not"
-    if both < CORRELATION:
+    for way, agreement in found.items():
+        if agreement.n < _FEWEST:
+            continue
+        r, signs = agreement.spearman.value, agreement.signs.value
+        if r < CORRELATION:
+            yield f"the rank correlation with exact {way} is {r:.2f} (expected at least {CORRELATION})"
+        if signs < SIGNS:
+            yield f"{signs:.0%} of the signs are those of exact {way} (expected at least {SIGNS:.0%})"
+    saturated = found["noising"].saturated
+    if saturated > 0.05:
+        yield f"{saturated:.0%} of the edges are saturated: their score is nearly 0, their exact effect is not"
+    if both < CORRELATION and all(a.n >= _FEWEST for a in found.values()):
         yield (
             f"noising and denoising disagree (rank correlation {both:.2f}): parts are redundant, or work only together"
         )

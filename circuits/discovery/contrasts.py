@@ -1,14 +1,14 @@
 """What changed: the scores of the same edges on two tasks, or in two models.
 
 Scores are compared as shares of the whole effect, so that metrics of different size can stand next to each other. What
-chance does is known by exchanging the two: examples that both have (one task in two models) keep their place and swap
-sides, other examples are dealt out again. The largest difference of all edges in each such draw gives p-values that
-hold for all of them together (Westfall and Young 1993).
+chance does is known by exchanging the two, each divided by its own effect: examples that both have (one task in two
+models) keep their place and swap sides, other examples are dealt out again. The largest studentised difference of all
+edges in each such draw gives p-values that hold for all of them together (max T, Westfall and Young 1993).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +28,9 @@ DRAWS = 1000
 SIGNIFICANT = 0.05
 
 _AT_ONCE = 100
+
+_ROUNDING = 1e-6
+"""A share that is smaller is rounding."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,14 @@ class _Side:
     sums: Float[np.ndarray, "cluster row"]
     effect: Float[np.ndarray, " cluster"]
 
-    def shares(
-        self, times: Float[np.ndarray, "draw cluster"], more: _Side | None = None
-    ) -> Float[np.ndarray, "draw row"]:
-        """Scores as shares of the effect, of each cluster as often as a draw has it, the rest from another side."""
-        sums, effect = times @ self.sums, times @ self.effect
-        if more is not None:
-            sums, effect = sums + (1 - times) @ more.sums, effect + (1 - times) @ more.effect
-        return sums / effect[:, None]
+    def shares(self, times: Float[np.ndarray, "draw cluster"]) -> Float[np.ndarray, "draw row"]:
+        """Scores as shares of the effect, of each cluster as often as a draw has it."""
+        return (times @ self.sums) / (times @ self.effect)[:, None]
+
+    @property
+    def parts(self) -> Float[np.ndarray, "cluster row"]:
+        """Each cluster's part of the shares: their mean over clusters is the shares."""
+        return self.sums / self.effect.mean()
 
 
 def contrast(
@@ -203,36 +206,67 @@ def _changes(names: list[str], one: _Side, other: _Side, paired: bool, seed: int
     ]
     resampled = other.shares(drawn[0 if paired else 1]) - one.shares(drawn[0])
     low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
-    exchange = _swapped if paired else _dealt
-    # The largest difference of each draw, which holds for all rows together.
-    largest = np.concatenate([
-        np.abs(exchange(one, other, min(_AT_ONCE, DRAWS - start), rng)).max(1)
-        for start in range(0, DRAWS, _AT_ONCE)
-    ])  # fmt: skip
-    # Slightly less, so that the same difference summed in another order counts as reaching it.
-    reached = (largest[:, None] >= np.abs(difference) * (1 - 1e-9)).sum(0)
+    ps = (_swapped if paired else _dealt)(one.parts, other.parts, rng)
     return tuple(
         Change(
             names[i], float(first[i]), float(second[i]),
-            Interval(float(difference[i]), float(low[i]), float(high[i])), float((1 + reached[i]) / (1 + DRAWS)),
+            Interval(float(difference[i]), float(low[i]), float(high[i])), float(ps[i]),
         )
         for i in np.argsort(-np.abs(difference), kind="stable").tolist()
     )  # fmt: skip
 
 
 def _swapped(
-    one: _Side, other: _Side, draws: int, rng: np.random.Generator
-) -> Float[np.ndarray, "draw row"]:
-    """Differences when the two sides of each cluster are exchanged at random."""
-    stays = rng.integers(0, 2, (draws, len(one.effect))).astype(float)
-    return other.shares(stays, one) - one.shares(stays, other)
+    one: Float[np.ndarray, "cluster row"], other: Float[np.ndarray, "cluster row"], rng: np.random.Generator
+) -> Float[np.ndarray, " row"]:  # fmt: skip
+    """p-values when the two sides of each cluster are exchanged at random."""
+    change = other - one
+    n, squares = len(change), (change**2).sum(0)
+
+    def statistic(signs: Float[np.ndarray, "draw cluster"]) -> Float[np.ndarray, "draw row"]:
+        # Signs leave squares as they are, so that the variance follows from the mean.
+        mean = signs @ change / n
+        return _studentised(mean, (squares / n - mean**2) / max(1, n - 1))
+
+    return _corrected(
+        statistic(np.ones((1, n)))[0], lambda k: statistic(rng.choice([-1.0, 1.0], (k, n)))
+    )
 
 
 def _dealt(
-    one: _Side, other: _Side, draws: int, rng: np.random.Generator
+    one: Float[np.ndarray, "cluster row"], other: Float[np.ndarray, "cluster row"], rng: np.random.Generator
+) -> Float[np.ndarray, " row"]:  # fmt: skip
+    """p-values when clusters are dealt out to the sides again, each side with its own variance (Janssen 1997)."""
+    both, n_one = np.concatenate([one, other]), len(one)
+    n = len(both)
+
+    def statistic(side: Float[np.ndarray, "draw cluster"]) -> Float[np.ndarray, "draw row"]:
+        means, variance = [], 0.0
+        for drawn, k in ((side, n_one), (1 - side, n - n_one)):
+            mean = drawn @ both / k
+            means.append(mean)
+            variance = variance + (drawn @ both**2 / k - mean**2) / max(1, k - 1)
+        return _studentised(means[1] - means[0], variance)
+
+    def dealt(k: int) -> Float[np.ndarray, "draw row"]:
+        return statistic((np.argsort(rng.random((k, n)), axis=1) < n_one).astype(float))
+
+    return _corrected(statistic((np.arange(n) < n_one).astype(float)[None])[0], dealt)
+
+
+def _studentised(
+    mean: Float[np.ndarray, "draw row"], variance: Float[np.ndarray, "draw row"]
 ) -> Float[np.ndarray, "draw row"]:
-    """Differences when all clusters are dealt out to the two sides again."""
-    both = _Side(np.concatenate([one.sums, other.sums]), np.concatenate([one.effect, other.effect]))
-    n, n_one = len(both.effect), len(one.effect)
-    dealt = (np.argsort(rng.random((draws, n)), axis=1) < n_one).astype(float)
-    return both.shares(1 - dealt) - both.shares(dealt)
+    """|t|, 0 where nothing differs: differences below the rounding of shares count as none."""
+    return np.abs(mean) / np.sqrt(np.maximum(variance, 0) + _ROUNDING**2)
+
+
+def _corrected(
+    observed: Float[np.ndarray, " row"], draw: Callable[[int], Float[np.ndarray, "draw row"]]
+) -> Float[np.ndarray, " row"]:
+    """For each row how often the largest statistic of a draw reaches its own: (1 + k) / (1 + n)."""
+    sizes = [min(_AT_ONCE, DRAWS - start) for start in range(0, DRAWS, _AT_ONCE)]
+    largest = np.concatenate([draw(size).max(1) for size in sizes])
+    # Slightly less, so that the same difference summed in another order counts as reaching it.
+    reached = (largest[:, None] >= observed[None] * (1 - 1e-9)).sum(0)
+    return (1 + reached) / (1 + DRAWS)

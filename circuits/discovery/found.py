@@ -34,7 +34,7 @@ class Discovery:
         circuit: the circuit.
         scores: the scores of all edges.
         checked: how far they agree with exact patching; None if they are exact, or baselines.
-        stability: how far the same circuit is found on other draws of the examples; None of searches that try edges, and
+        stability: how far the same circuit is found on other draws of the examples; None of searches that try edges and
             of scores by weights, which no example changes.
         evaluation: how good the circuit is on the `test` half.
         alternatives: further circuits that are as good; None if none were asked for, or faithfulness is undefined.
@@ -96,7 +96,7 @@ def circuit_graph(
         how: how they were chosen.
         again: in which share of bootstraps each edge was found.
     """
-    made = CircuitGraph()
+    made, find = CircuitGraph(), task.find
     model = graph.model
     kind = "effect" if scores.method == "exact" else "attribution"
     edges = np.flatnonzero(kept).tolist()
@@ -113,7 +113,8 @@ def circuit_graph(
         "model": model.name, "model_hash": model.hash, ORDER: [site.name for site in model.sites],
         "made": {
             "by": "discover", "grain": graph.grain, "graph": dict(graph.choices), "task": task.name,
-            "task_hash": task.hash, "metric": scores.metric, "method": scores.method,
+            "task_hash": task.hash, "found_on": [find.examples.identity(i) for i in range(len(find))],
+            "metric": scores.metric, "method": scores.method,
             "settings": dict(scores.settings), **how, "seed": scores.record.seed,
             "edges": [list(graph.edges[e]) for e in edges],
             "scores": [float(scores.mean[e]) for e in edges],
@@ -146,6 +147,18 @@ def parts_in(choices: Mapping[str, Any]) -> dict[str, Any]:
 def parts_of(circuit: CircuitGraph) -> dict[str, Any]:
     """`parts_in` of the graph in which a circuit was found."""
     return parts_in(circuit.graph["made"].get("graph", {}))
+
+
+def check_not_found_on(circuit: CircuitGraph, task: Task) -> None:
+    """Raise ValueError if a task has an example on which a circuit was found."""
+    seen = set(circuit.graph["made"].get("found_on", ()))
+    names = task.examples.names
+    both = [names[i] for i in range(len(task)) if task.examples.identity(i) in seen]
+    if both:
+        raise ValueError(
+            f"example {both[0]!r} (one of {len(both)}) of the {task.half} half is one on which the circuit was found: "
+            f"expected seed {circuit.graph['made'].get('seed')} and as many examples as then, or other examples"
+        )
 
 
 def edges_of(circuit: CircuitGraph) -> tuple[Edge, ...]:
