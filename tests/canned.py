@@ -50,7 +50,7 @@ def evaluation(
     return Evaluation(
         tuple(graph.edges[i] for i in np.flatnonzero(kept)), len(graph), "cross_entropy", "nats", -1,
         metric(np.array(0.0)) + noise, metric(np.array(1.0)), metric(np.array(0.8)), metric(np.array(0.1)),
-        metric(np.array([0.1, 0.2, 0.3])), 0, {}, {}, curve(1.0) if curves else None,
+        metric(np.array([0.1, 0.2, 0.3])), (0, 0.2, 1.0), {}, {}, curve(1.0) if curves else None,
         tuple(curve(k + 2.0) for k in range(curves)), 0.85, None, "counterpart", tuple(range(len(task))),
         Record.of(graph.model, task, 0),
     )  # fmt: skip

@@ -83,7 +83,8 @@ def made() -> Evaluation:
     values = np.array([[0.0] * 4, [1.0] * 4, [3.0] * 4, [2.0] * 4])  # f 0, .5, 1.5, 1
     curve = Curve((1, 2, 5, 10), (1, 2, 5, 10), values)
     return replace(
-        whole, n_edges=10, empty=np.zeros(4), full=np.full(4, 2.0), own=np.array([1.0, 1, 2, 2]), complement=np.zeros(4), others={}, curve=curve,
+        whole, n_edges=10, empty=np.zeros(4), full=np.full(4, 2.0), own=np.array([1.0, 1, 2, 2]),
+        complement=np.zeros(4), others={}, curve=curve,
         random=np.array([[1.5] * 4, [0.0] * 4, [2.4] * 4]), random_curves=(), clusters=(0, 0, 1, 1),
     )  # fmt: skip
 

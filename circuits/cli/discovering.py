@@ -114,7 +114,7 @@ def discover(
     )] = "",
     pairs: Annotated[int, option(
         "How many of the strongest edges to patch two at a time, to tell redundant pairs from those that work only "
-        "together; 0 for none.",
+        "together: at least 2, or 0 for none.",
         check=Within(0, LARGEST),
     )] = 0,
     alternatives: Annotated[int, option(

@@ -53,9 +53,16 @@ class Exchange:
     joined: tuple[float, ...]
     random: tuple[float, ...]
 
-    def interchangeable(self, worst: float) -> bool:
-        """Whether all of them are as good as the worse of the two circuits, whose |1 - f| is given."""
-        return all(abs(1 - f) <= worst + TOLERANCE for f in self.joined)
+    def verdict(self, worst: float) -> str:
+        """Whether one circuit's part can stand in for the other's, given |1 - f| of the worse of the two.
+
+        It can if all of them are as good as that; but this says something only if random parts are not.
+        """
+        if not all(abs(1 - f) <= worst + TOLERANCE for f in self.joined):
+            return "cannot all be interchanged"
+        if all(abs(1 - f) <= worst + TOLERANCE for f in self.random):
+            return "are not needed: random parts in their place do as well"
+        return "can be interchanged"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +113,7 @@ class Alternatives:
             "core": {"edges": [list(e) for e in self.core], "faithfulness": asdict(self.core_faithfulness)},
             "union": {"edges": [list(e) for e in self.union], "faithfulness": asdict(self.union_faithfulness)},
             "exchanges": [
-                asdict(x) | {"interchangeable": x.interchangeable(self._worst(x))} for x in self.exchanges
+                asdict(x) | {"verdict": x.verdict(self._worst(x))} for x in self.exchanges
             ],
         })  # fmt: skip
 
@@ -133,10 +140,9 @@ class Alternatives:
         found = f"{len(self.circuits) - 1} of {self.wanted} that were asked for"
         yield Table(columns, rows, f"alternatives, {found}; test half, seed {self.seed}")
         for one in self.exchanges:
-            said = "can be" if one.interchangeable(self._worst(one)) else "cannot all be"
             yield (
-                f"parts of {_named(one.first)} and {_named(one.second)} {said} interchanged: joined at "
-                f"{len(one.joined)} places, f {spread(one.joined)} (with random later parts {spread(one.random)})"
+                f"parts of {_named(one.first)} and {_named(one.second)} {one.verdict(self._worst(one))} (joined at "
+                f"{len(one.joined)} places): f {spread(one.joined)} (with random later parts {spread(one.random)})"
             )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from circuits.discovery.comparing import shared
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.optimal import learn_constants
@@ -127,7 +128,8 @@ class Evaluation:
         own: the metric of the circuit.
         complement: the metric of all other edges.
         random: the metric of random circuits of the same size, layer profile and kinds.
-        same: how many of these are the circuit itself.
+        likeness: of these, how many are the circuit itself, their mean Jaccard index with it, and the mean share of
+            their edges that lie on a path from the model's input to its output.
         others: the metric of further circuits to compare with, by what they are.
         other_sizes: their numbers of edges.
         curve: the ranking's faithfulness by size; None for a circuit without a ranking.
@@ -150,7 +152,7 @@ class Evaluation:
     own: Float[np.ndarray, " example"]
     complement: Float[np.ndarray, " example"]
     random: Float[np.ndarray, "circuit example"]
-    same: int
+    likeness: tuple[int, float, float]
     others: Mapping[str, Float[np.ndarray, " example"]]
     other_sizes: Mapping[str, int]
     curve: Curve | None
@@ -166,14 +168,12 @@ class Evaluation:
     @cached_property
     def effect(self) -> Interval:
         """The model's own effect, m(N) - m(0), with its interval."""
-        change = (self.full - self.empty)[None]
-        drawn = resampled(change, clusters=self.clusters, seed=self.record.seed)
-        return Interval(float(change.mean()), *percentiles(drawn[:, 0]))
+        return _effect(self.empty, self.full, self.clusters, self.record.seed)
 
     @property
     def defined(self) -> bool:
         """Whether faithfulness means something: the model's own effect can be told from 0."""
-        return self.effect.low > 0 or self.effect.high < 0
+        return _is_clear(self.effect)
 
     @property
     def undefined(self) -> str:
@@ -285,7 +285,8 @@ class Evaluation:
             "effect": asdict(self.effect), "faithfulness": asdict(self.faithfulness),
             "faithfulness_on_find": self.on_find if self.defined else None,
             "complement": asdict(self.complement_faithfulness),
-            "random_circuits": list(self.random_faithfulness), "random_circuits_that_are_it": self.same,
+            "random_circuits": list(self.random_faithfulness), "random_circuits_that_are_it": self.likeness[0],
+            "random_circuits_jaccard": self.likeness[1], "random_circuits_on_a_path": self.likeness[2],
             "p_value": self.p_value,
             "least_p": least_p(len(self.random)) if len(self.random) else None,
             "others": {
@@ -325,13 +326,20 @@ class Evaluation:
             rows.append((name, self.other_sizes[name], f.value, between(f.low, f.high), ""))
         title = (
             f"faithfulness, {self.record.measured_on}, {self.ablation} ablation, {self.metric} "
-            f"({self.empty.mean():.4g} without edges, {self.full.mean():.4g} intact), seed {self.record.seed}"
+            f"({self.empty.mean():.4g} without edges, {self.full.mean():.4g} intact), {len(set(self.clusters))} "
+            f"independent examples, seed {self.record.seed}"
         )
         yield Table(("of", "edges", "f", "95 % interval or range", "p"), rows, title)
-        if self.same:
+        if self.random_faithfulness:
+            same, alike, on_path = self.likeness
             yield (
-                f"{self.same} of the {len(self.random)} random circuits are the circuit itself: between its kinds of "
-                "parts there are few other edges, so that p says little"
+                f"random circuits have a mean Jaccard index of {alike:.2f} with the circuit, and {on_path:.0%} of "
+                f"their edges lie on a path; {same} of {len(self.random)} are the circuit itself"
+                + (
+                    ": between its kinds of parts there are few other edges, so that p says little"
+                    if same
+                    else ""
+                )
             )
         quantiles = ", ".join(f"{q:.0%} {v:.3g}" for q, v in self.errors.items())
         yield f"circuit minus model, over examples ({self.unit or self.metric}): {quantiles}"
@@ -358,6 +366,35 @@ def _spread_out(rows: list[Any], n: int) -> list[Any]:
     if len(rows) <= n:
         return rows
     return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, n).round().astype(int))]
+
+
+def _effect(
+    empty: Float[np.ndarray, " example"], full: Float[np.ndarray, " example"], clusters: Sequence[int], seed: int
+) -> Interval:  # fmt: skip
+    change = (full - empty)[None]
+    drawn = resampled(change, clusters=clusters, seed=seed)
+    return Interval(float(change.mean()), *percentiles(drawn[:, 0]))
+
+
+def _is_clear(effect: Interval) -> bool:
+    """Whether an effect can be told from 0."""
+    return effect.low > 0 or effect.high < 0
+
+
+def _has_effect(runs: Runs, seed: int) -> bool:
+    """Whether the model's own effect on a task can be told from 0."""
+    n = len(runs.graph)
+    empty, full = values_of(runs, [np.zeros(n, bool), np.ones(n, bool)])
+    return _is_clear(_effect(empty, full, runs.task.clusters, seed))
+
+
+def _likeness(graph: EdgeGraph, kept: Mask, randoms: Sequence[Mask]) -> tuple[int, float, float]:
+    """How far random circuits are the found one, and connected; see `Evaluation.likeness`."""
+    if not randoms:
+        return 0, float("nan"), float("nan")
+    paths = [graph.connected(one).sum() / max(1, one.sum()) for one in randoms]
+    same = sum(bool((one == kept).all()) for one in randoms)
+    return same, float(np.mean([shared(one, kept) for one in randoms])), float(np.mean(paths))
 
 
 def _firsts(graph: EdgeGraph, order: np.ndarray, sizes: Sequence[int]) -> list[Mask]:
@@ -472,6 +509,9 @@ def evaluate(
             )
         learned = learn_constants(graph, find, kept, batch=batch, memory=memory)
         settings["constants"] = learned
+    runs = Runs(graph, task, **settings)
+    if not _has_effect(runs, seed):  # without an effect there is nothing to compare
+        scores, n_random, others = None, 0, None
     rng, more = np.random.default_rng(seed), dict(others or {})
     fixed = [np.zeros(len(graph), bool), np.ones(len(graph), bool), kept, ~kept]
     randoms = [random_circuit(graph, kept, rng) for _ in range(n_random)]
@@ -480,7 +520,6 @@ def evaluate(
         own = scores.order(ranking)
         for order in (own, *(rng.permutation(len(graph)) for _ in range(n_curves))):
             rankings += _firsts(graph, order, sizes)
-    runs = Runs(graph, task, **settings)
     values = values_of(runs, [*fixed, *more.values(), *randoms, *rankings], progress, keep)
     first, last = len(fixed) + len(more), len(values) - len(rankings)
     curves = _curves(sizes, rankings, values[last:])
@@ -492,7 +531,7 @@ def evaluate(
     return Evaluation(
         tuple(graph.edges[i] for i in np.flatnonzero(kept)), len(graph), metric.name, metric.unit, metric.better,
         values[0], values[1], values[2], values[3], values[first:last],
-        sum(bool((other == kept).all()) for other in randoms), dict(zip(more, several, strict=True)),
+        _likeness(graph, kept, randoms), dict(zip(more, several, strict=True)),
         {name: int(c.sum()) for name, c in more.items()}, curves[0] if curves else None, tuple(curves[1:]), on_find,
         smallest, ablation, task.clusters, Record.of(graph.model, task, seed),
     )  # fmt: skip

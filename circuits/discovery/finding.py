@@ -109,6 +109,18 @@ def discover(
         ValueError: if a setting is out of range, the task has too few examples for two halves, or does not fit.
     """
     _check_choices(graph, method, search, size, threshold, ranking)
+    _check_counts(
+        n_random=n_random,
+        n_curves=n_curves,
+        pairs=pairs,
+        alternatives=alternatives,
+        seed=seed,
+        check=check or 0,
+    )
+    if pairs == 1:
+        raise ValueError("pairs 1: expected at least 2 edges to pair, or 0 for none")
+    if memory < 1:
+        raise ValueError(f"memory {memory}: expected a number of bytes above 0")
     if ablation == "optimal":
         _check_optimal(search, alternatives)
     if check_on not in get_args(CheckOn):
@@ -317,6 +329,13 @@ def _check_choices(
         raise ValueError(f"ranking signed: scores by {method} have no sign; expected absolute")
     if size is not None:
         check_size(graph, size)
+
+
+def _check_counts(**counts: int) -> None:
+    """Raise ValueError unless all are whole numbers from 0 on."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} {value!r}: expected a whole number, 0 or more")
 
 
 def _check_optimal(search: Search, alternatives: int) -> None:

@@ -359,6 +359,8 @@ def check_writable(path: str | Path, graph: EdgeGraph) -> None:
     """Raise ValueError unless scores of a graph can be written to a file, by its name and the graph's grain."""
     if Path(path).suffix not in WRITTEN:
         raise ValueError(f"file {str(path)!r}: expected a name that ends in {' or '.join(WRITTEN)}")
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"file {str(path)!r}: its folder does not exist")
     Layout(graph)
 
 

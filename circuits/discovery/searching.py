@@ -72,7 +72,7 @@ def greedy(graph: EdgeGraph, worth: Float[np.ndarray, " edge"], n: int) -> Mask:
 
 def check_size(graph: EdgeGraph, n: int) -> None:
     """Raise ValueError unless a circuit may have n edges."""
-    if not 1 <= n <= len(graph):
+    if not isinstance(n, int) or not 1 <= n <= len(graph):
         raise ValueError(
             f"size {n}: {graph.model.name} has {len(graph)} edges at this grain; expected 1 to {len(graph)}"
         )
