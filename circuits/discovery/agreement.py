@@ -29,7 +29,10 @@ SIGNS = 0.9
 """The share of equal signs below which scores count as unreliable."""
 
 _FEWEST = 5
-"""With fewer edges above the noise than this there is no agreement to speak of."""
+"""With edges above the noise that are worth fewer than this, nothing is said of agreement."""
+
+_LEAST = 3
+"""With fewer edges above the noise no correlation is computed."""
 
 _DRAWS = 1000
 _TOP = 10
@@ -44,6 +47,8 @@ class Agreement:
     Attributes:
         direction: `noising` or `denoising`; a denoising effect has the opposite sign of the score that it agrees with.
         n: the number of edges in the sample whose exact effect can be told from 0.
+        effective: what they are worth as a sample of all such edges: a few that stand for many count little more than
+            one (Kish 1965: the square of the sum of weights over the sum of their squares).
         spearman: the rank correlation among these, each weighted by how rarely its like was drawn.
         signs: the share of these with the same sign.
         overlap: the share of the largest by score that are among as many largest by exact effect.
@@ -53,6 +58,7 @@ class Agreement:
 
     direction: str
     n: int
+    effective: float
     spearman: Interval
     signs: Interval
     overlap: float
@@ -101,7 +107,8 @@ class Checked:
                 continue
             r, s = found.spearman, found.signs
             yield (
-                f"agreement with exact {way} on {len(self.sampled)} edges ({found.n} above the noise): "
+                f"agreement with exact {way} on {len(self.sampled)} edges ({found.n} above the noise, worth "
+                f"{found.effective:.2g} drawn evenly): "
                 f"Spearman {r.value:.2f} ({r.low:.2f} to {r.high:.2f}), same sign {s.value:.0%} ({s.low:.0%} to "
                 f"{s.high:.0%}), {found.overlap:.0%} of the {found.largest} largest in common"
             )
@@ -112,10 +119,10 @@ class Checked:
         """Whether the scores can be trusted, in words."""
         if self.causes:
             return f"unreliable here: {'; '.join(self.causes)}"
-        if self.noising.n < _FEWEST:
+        if self.noising.effective < _FEWEST:
             return (
-                f"cannot be judged: fewer than {_FEWEST} edges of the sample have an effect that can be told from 0; "
-                "take more examples, or check more edges"
+                f"cannot be judged: the edges of the sample with an effect that can be told from 0 are worth fewer "
+                f"than {_FEWEST} drawn evenly; take more examples, or check more edges"
             )
         return "nothing speaks against these scores"
 
@@ -206,9 +213,14 @@ def _compared(
 ) -> Agreement:
     mean = effects.mean(0) if way == "noising" else -effects.mean(0)
     clear = _clear(effects, clusters, seed)
-    if clear.sum() < _FEWEST:
+    effective = (
+        float(weights[clear].sum() ** 2 / (weights[clear] ** 2).sum()) if clear.any() else 0.0
+    )
+    if clear.sum() < _LEAST:
         none = Interval(float("nan"), float("nan"), float("nan"))
-        return Agreement(way, int(clear.sum()), none, none, float("nan"), 0, float("nan"))
+        return Agreement(
+            way, int(clear.sum()), effective, none, none, float("nan"), 0, float("nan")
+        )
     a, b, w = own[clear], mean[clear], weights[clear]
     same = np.sign(a) == np.sign(b)
     rng = np.random.default_rng(seed)
@@ -218,7 +230,7 @@ def _compared(
     k = min(_TOP, int(clear.sum()))
     top = [set(np.argsort(-np.abs(x), kind="stable")[:k].tolist()) for x in (own, mean)]
     return Agreement(
-        way, int(clear.sum()), Interval(_spearman(a, b, w), *percentiles(ranks[np.isfinite(ranks)])),
+        way, int(clear.sum()), effective, Interval(_spearman(a, b, w), *percentiles(ranks[np.isfinite(ranks)])),
         Interval(float(np.average(same, weights=w)), *percentiles(signs)), len(top[0] & top[1]) / k, k,
         float((np.abs(a) < _FLAT * np.abs(b)).mean()),
     )  # fmt: skip
@@ -260,7 +272,7 @@ def _causes(scores: EdgeScores, found: dict[str, Agreement], both: float) -> Ite
     if scores.method != "exact" and not scores.completeness <= RESIDUAL:
         yield f"the completeness residual is {scores.completeness:.2g} (expected at most {RESIDUAL})"
     for way, agreement in found.items():
-        if agreement.n < _FEWEST:
+        if agreement.effective < _FEWEST:
             continue
         r, signs = agreement.spearman.value, agreement.signs.value
         if r < CORRELATION:
@@ -270,7 +282,7 @@ def _causes(scores: EdgeScores, found: dict[str, Agreement], both: float) -> Ite
     saturated = found["noising"].saturated
     if saturated > 0.05:
         yield f"{saturated:.0%} of the edges are saturated: their score is nearly 0, their exact effect is not"
-    if both < CORRELATION and all(a.n >= _FEWEST for a in found.values()):
+    if both < CORRELATION and all(a.effective >= _FEWEST for a in found.values()):
         yield (
             f"noising and denoising disagree (rank correlation {both:.2f}): parts are redundant, or work only together"
         )

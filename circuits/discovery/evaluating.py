@@ -511,7 +511,7 @@ def evaluate(
         settings["constants"] = learned
     runs = Runs(graph, task, **settings)
     if not _has_effect(runs, seed):  # without an effect there is nothing to compare
-        scores, n_random, others = None, 0, None
+        scores, n_random = None, 0
     rng, more = np.random.default_rng(seed), dict(others or {})
     fixed = [np.zeros(len(graph), bool), np.ones(len(graph), bool), kept, ~kept]
     randoms = [random_circuit(graph, kept, rng) for _ in range(n_random)]
