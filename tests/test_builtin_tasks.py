@@ -105,6 +105,14 @@ def test_images_get_counterparts_and_a_unit_can_be_the_metric() -> None:
     other = with_counterparts(load_task(model, "classes", data="shapes", n=6), "another")
     assert all(q.answers != q.against for q in other.questions)
     assert other.metric.name == "logit_difference"
+    for n in (16, 17):  # the counterpart of an image is in the half of the image
+        paired = with_counterparts(load_task(model, "classes", data="shapes", n=n), "another")
+        seen = []
+        for half in (paired.find, paired.test):
+            assert half.counterparts is not None
+            both = half.examples, half.counterparts
+            seen.append({one.identity(i) for one in both for i in range(len(one))})
+        assert not seen[0] & seen[1]
     with pytest.raises(ValueError, match="has counterparts of its own"):
         with_counterparts(turned, "grey")
     with pytest.raises(ValueError, match="is of images: model induction takes tokens"):

@@ -98,7 +98,6 @@ def circuit_graph(
     """
     made, find = CircuitGraph(), task.find
     model = graph.model
-    kind = "effect" if scores.method == "exact" else "attribution"
     edges = np.flatnonzero(kept).tolist()
     used = {*graph.ends[edges, 0].tolist()}
     for edge in edges:
@@ -106,7 +105,7 @@ def circuit_graph(
         more = {} if again is None else {"share": again.shares[graph.edges[edge]]}
         for node in graph.nodes_of(target, used):
             made.connect(
-                graph.node(graph.sources[source]), node, kind, sum=-scores.sign * float(scores.mean[edge]),
+                graph.node(graph.sources[source]), node, "effect", sum=-scores.sign * float(scores.mean[edge]),
                 layer=graph.way(target), edge=" -> ".join(graph.edges[edge]), **more,
             )  # fmt: skip
     made.graph |= {

@@ -218,7 +218,8 @@ class Runs:
             return {}
         if "position" not in self.graph.sources:
             raise ValueError(
-                f"shift {self._shift}: model {self.model.name} adds no position embedding to its residual stream"
+                f"shift {self._shift}: no position embedding is a source in {self.model.name} (one that does not "
+                "depend on the tokens given counts as a constant); expected 0"
             )
         site = self.graph.input_sites[self.graph.sources.index("position")]
         return {site: lambda value: value.roll(self._shift, 1)}

@@ -33,6 +33,7 @@ from circuits.autograd import recording_gradients
 from circuits.discovery.graphs import EdgeGraph
 from circuits.discovery.results import SIZES, EdgeScores
 from circuits.discovery.runs import Ablation, Pair, Runs, output_of
+from circuits.discovery.streams import StreamGraph
 from circuits.examples import BATCH
 from circuits.experiments.outcomes import Record
 from circuits.experiments.patched_runs import Direction, merged
@@ -147,7 +148,7 @@ def score_edges(
     return EdgeScores(
         method, settings, graph.edges, values, collected.clean, collected.corrupted, tuple(first),
         task.metric.name, task.metric.unit, task.metric.better, task.clusters, Record.of(graph.model, task, seed),
-        (*notes, *_held_patterns(method, graph, values)),
+        (*notes, *_held_patterns(method, graph, values), *_post_norms(method, graph)),
     )  # fmt: skip
 
 
@@ -173,6 +174,18 @@ def _held_patterns(method: str, graph: EdgeGraph, values: np.ndarray) -> tuple[s
     return (
         f"relp holds attention patterns constant: all {len(held)} edges into queries and keys score exactly 0, "
         "whatever they are worth",
+    )
+
+
+def _post_norms(method: str, graph: EdgeGraph) -> tuple[str, ...]:
+    """What is to be said of heads whose sum is normalised before it is added to the stream."""
+    if method not in ("clean-corrupted", "eap-ig") or not isinstance(graph, StreamGraph):
+        return ()
+    if not any(graph.stream.norm("ln1_post", layer) for layer in range(graph.stream.n_layers)):
+        return ()
+    return (
+        "what heads add passes a normalisation, whose slope is taken in the intact run alone: scores of their edges "
+        "are not complete, however many steps there are",
     )
 
 

@@ -114,11 +114,13 @@ class StreamGraph(EdgeGraph):
         if n <= limit:
             return
         parts = sum(len(split.names) for split in self.stream.splits)
-        fits = f"at most {max(1, limit * self._n_spans // n)} spans"
+        fits = f"a limit of {n} or more"
+        if self.spans is not None:
+            fits = f"at most {max(1, limit * self._n_spans // n)} spans, or {fits}"
         if parts:
             # Each part has an edge to every receiver behind it: at most as many as there are receivers.
             share = int(parts * limit / n)
-            fits = f"about {share} neurons or latents in place of {parts}, or fewer spans"
+            fits = f"about {share} neurons or latents in place of {parts}, or {fits}"
         raise ValueError(
             f"{self.model.name} has {n} edges between {self.grain}, more than {limit}; expected {fits}"
         )

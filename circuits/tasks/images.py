@@ -6,6 +6,7 @@ in 0..1, before any model's preprocessing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from random import Random
@@ -307,20 +308,26 @@ def pairs_of(
 
 
 def _pair_across_classes(classes: tuple[int, ...], random: Random) -> list[int]:
-    """For each image the index of one of another class; every image is taken once."""
-    # Sort by class, in random order within each, and pair every image with the one `most` places further on, `most`
-    # being the size of the largest class. A class fills at most `most` consecutive places, so the shift leaves it;
-    # coming round the circle it cannot enter the same class again as long as 2 * most <= n.
+    """For each image the index of one of another class: two images are each other's, of an odd number one joins two."""
+    # Sorted by class, in random order within each, a class fills at most half of the places one after the other, so
+    # that half of the places further on there is always another class.
     places = sorted(range(len(classes)), key=lambda i: (classes[i], random.random()))
-    most = max((classes.count(c) for c in set(classes)), default=0)
+    counts = Counter(classes)
+    most = max(counts.values(), default=0)
     if 2 * most > len(classes):
         raise ValueError(
             f"classes: {most} of {len(classes)} images are of one class, expected at most half, so that each can be "
             "paired with another class"
         )
     found = [0] * len(classes)
+    if len(places) % 2:
+        largest = max(counts, key=counts.__getitem__)
+        odd = next(i for i in places if classes[i] == largest)
+        places.remove(odd)
+        found[odd] = next(i for i in places if classes[i] != largest)
+    half = len(places) // 2
     for k, i in enumerate(places):
-        found[i] = places[(k + most) % len(places)]
+        found[i] = places[(k + half) % len(places)]
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from circuits.examples import BATCH, Examples
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.models.adapter.inputs import TokenInput
+from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.tasks.halves import LEAST, halves
 from circuits.tasks.metrics import (
     Metric,
@@ -254,14 +254,25 @@ class Task:
             split=None if split is None else tuple(split[i] for i in which),
         )  # fmt: skip
 
+    def _partners(self, place: int) -> tuple[str, ...]:
+        """Of images: what ties an example to the one that is its counterpart, so that both are in one half."""
+        if self.counterparts is None or not isinstance(self.model.input, ImageInput):
+            return ()
+        own, theirs = self.examples.identity(place), self.counterparts.identity(place)
+        return tuple(f"image {name}" for name in (own, theirs) if name in self._images)
+
+    @cached_property
+    def _images(self) -> frozenset[str]:
+        return frozenset(map(self.examples.identity, range(len(self))))
+
     @cached_property
     def _halves(self) -> tuple[Literal["find", "test", "neither"], ...]:
         """The half of each example; `neither` for examples that would tie the two halves together."""
         if self.split is not None:
             return self.split
         keys = [
-            (q.group or self.examples.identity(i), *q.fillers) for i, q in enumerate(self.questions)
-        ]
+            (q.group or self.examples.identity(i), *q.fillers, *self._partners(i)) for i, q in enumerate(self.questions)
+        ]  # fmt: skip
         of: dict[int, Literal["find", "test"]] = {}
         for half, places in halves(keys, self.seed).items():
             of |= dict.fromkeys(places, half)

@@ -159,7 +159,9 @@ class Stream:
             mlp = transformer.parts.has_mlp(layer)
             if mlp and f"blocks.{layer}.mlp.hook_in" not in known:
                 raise ValueError(
-                    f"model {model.name} has no site at which only the input of the MLP of layer {layer} can be changed"
+                    f"model {model.name} has no site at which only the input of the MLP of layer {layer} can be "
+                    "changed: its code gives that input to something else as well, or in another form, so that paths "
+                    "cannot be patched"
                 )
             _require(model, known, layer, mlp, mlp and not parallel)
             heads = {p: model.site(f"blocks.{layer}.attn.hook_{p}").n_units for p in _PARTS}
