@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from circuits.cleanroom import addition, induction
 from circuits.discovery import (
@@ -29,6 +29,7 @@ from circuits.discovery import (
 )
 from circuits.discovery.evaluating import ladder, log_mean
 from circuits.discovery.finding import TRUE, swapped
+from circuits.discovery.found import check_not_found_on, graph_of, parts_of
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.searching import removal_effects, values_of
 from circuits.discovery.stability import stability
@@ -426,3 +427,74 @@ def test_edges_of_a_traced_model_are_patched_and_scored_as_by_definition(name: s
     values = runs.patched(pair, off)
     slopes = ((values[:-1] - values[-1:]) / step).T.numpy()
     assert np.abs(slopes - eap[:, some]).max() <= 0.01 * np.abs(eap).max()
+
+
+class OneNorm(nn.Module):
+    """A transformer with one normalisation for all places, so that patching a target calls it between its own calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.unembed, self.norm = (
+            nn.Embedding(20, 16),
+            nn.Linear(16, 20),
+            nn.LayerNorm(16),
+        )
+        self.heads = nn.ModuleList(nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(2)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, n = self.embed(tokens), tokens.shape[1]
+        mask = torch.ones(n, n).triu(1).bool()
+        for heads, mlp in zip(self.heads, self.mlps, strict=True):
+            y = self.norm(x)
+            x = x + heads(y, y, y, attn_mask=mask, need_weights=False)[0]
+            x = x + mlp(self.norm(x))
+        return self.unembed(self.norm(x))
+
+
+def test_a_module_that_is_used_in_several_places_is_patched_in_one() -> None:
+    torch.manual_seed(0)
+    model = HookedModel(OneNorm().eval(), TokenInput(20, 16), "one norm")
+    graph, (clean, corrupted) = edge_graph(model), drawn()
+    task = pairs(model, clean, corrupted, weighed)
+    runs = Runs(graph, task)
+    (pair,) = runs.pairs()
+    none, full = runs.patched(pair, torch.stack([torch.ones(len(graph)), torch.zeros(len(graph))]))
+    for values, tokens in ((none, corrupted), (full, clean)):
+        torch.testing.assert_close(
+            values, weighed(model.logits(tokens)).double(), rtol=1e-4, atol=1e-5
+        )
+    # One edge at a time, in passes that start anywhere, as many at once as fit.
+    exact = score_edges(graph, task, "exact").values
+    together = runs.patched(pair, torch.eye(len(graph))) - full
+    torch.testing.assert_close(together.T, torch.from_numpy(exact), rtol=1e-3, atol=1e-4)
+
+
+def test_a_circuit_is_not_evaluated_on_what_it_was_found_on_and_knows_its_graph() -> None:
+    model = load_model("induction")
+    graph, task = edge_graph(model, spans="0-4,5-"), load_task(model, n=16)
+    found = discover(graph, task, "eap", size=10, n_random=0, n_curves=0, check=0)
+    again = graph_of(found.circuit, model)
+    assert (again.edges, dict(again.choices)) == (graph.edges, {"spans": "0-4,5-"})
+    assert parts_of(found.circuit) == {"spans": "0-4,5-"}
+    check_not_found_on(found.circuit, task.test)
+    with pytest.raises(
+        ValueError, match=r"\(one of 8\) of the find half is one on which the circuit was found"
+    ):
+        check_not_found_on(found.circuit, task.find)
+
+
+def test_signed_rankings_know_whether_edges_were_removed_or_restored() -> None:
+    model = load_model("induction")
+    graph, task = edge_graph(model), load_task(model, n=16)
+    for direction in ("noising", "denoising"):
+        found = discover(
+            graph, task, "exact", direction=direction, ranking="signed", size=26, n_random=0, n_curves=0
+        )  # fmt: skip
+        assert found.evaluation.faithfulness.value > 0.8
+        # Without a strong edge the loss is higher: what it adds to the loss is negative.
+        sums = [data["sum"] for *_, data in found.circuit.edges(data=True)]
+        assert min(sums) < -1 < max(map(abs, sums))
+        assert max(sums) < 0.5
