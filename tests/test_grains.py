@@ -583,7 +583,7 @@ def test_finer_grains_on_the_command_line(
         found = output(capsys, "discover", name, *given, *search, "--save", "found", *options)
         edges = [" -> ".join(edge) for edge in found["circuit"]["edges"]]
         assert any(wanted in edge for edge in edges)
-        made = output(capsys, "evaluate", name, "found", *given, *options)
+        made = output(capsys, "evaluate", name, "found", *options)
         assert made["faithfulness"]["value"] == found["evaluation"]["faithfulness"]["value"]
     for given, said in (
         (["--latents", "active"], "latents active: addition-by-hand has no autoencoders"),

@@ -77,7 +77,7 @@ _TABLE = {
     "Find circuits": (
         ("discover", "discovering", "Find the circuit of a task: score edges, search on one half of the examples, evaluate on the other."),
         ("evaluate", "discovering", "Measure how much of a behaviour a circuit carries, on the test half of a task, against random circuits."),
-        ("compare", "discovering", "Show which edges two circuits of a model share, and how many two of their sizes share by chance."),
+        ("compare", "discovering", "Compare two saved circuits (by name), a circuit over tasks, or over models: what is shared, what changed."),
     ),
     "Edit, name and rebuild": (
         ("edit", "editing", "Write recipes of edits, measure them, and keep edits in a ledger with undo and redo."),

@@ -7,6 +7,7 @@ the site adds to the stream.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -19,6 +20,8 @@ from circuits.models.paths.parts import Split
 from circuits.models.paths.residual import Receiver, Sender, Stream
 from circuits.tasks.task import Task
 from circuits.units import Units, unknown
+
+_LAYER = re.compile(r"[0-9]{1,6}")
 
 ALL = "all"
 
@@ -36,7 +39,7 @@ def parse_layers(text: str, stream: Stream) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = (p.strip() for p in part.partition("-"))
         ends = (first, last if dash else first)
-        if not all(end.isdecimal() and len(end) < 7 for end in ends):
+        if not all(_LAYER.fullmatch(end) for end in ends):
             raise ValueError(
                 f"neurons {text!r}: expected numbers of layers such as 3,5-7, or {ALL}"
             )
