@@ -720,7 +720,7 @@ def test_one_class_of_drawings_against_another() -> None:
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=20), st.integers(0, 5))
 @settings(deadline=None, max_examples=50)
-def test_another_image_is_of_another_class_and_each_is_taken_once(
+def test_another_image_is_of_another_class_and_two_are_each_others(
     classes: list[int], seed: int
 ) -> None:
     images = torch.arange(len(classes)).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2) / 20
@@ -731,7 +731,8 @@ def test_another_image_is_of_another_class_and_each_is_taken_once(
         return
     made = pairs_of(images, tuple(classes), names, seed)
     order = [round(float(v) * 20) for v in made.corrupted[:, 0, 0, 0]]
-    assert sorted(order) == list(range(len(classes)))
+    # Of an odd number one image joins two.
+    assert sum(order[j] != i for i, j in enumerate(order)) == len(classes) % 2
     assert all(classes[i] != classes[j] for i, j in enumerate(order))
     assert made.against == tuple(classes[j] for j in order)
 
