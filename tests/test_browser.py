@@ -480,7 +480,7 @@ def test_a_circuit_is_found_and_opened_on_the_canvas(server: str, page: Page) ->
     quiet(page)
     expect(page.get_by_role("heading", name="Edges by score")).to_have_count(0)
     pick(page, "Examples", "16")
-    assert "n=16" in page.url
+    expect(page).to_have_url(re.compile("n=16"))
     button.click()
     expect(page.get_by_role("heading", name="Edges by score")).to_be_visible()
     expect(cancel).to_have_count(0)
