@@ -1,11 +1,11 @@
-"""What builds a curve unit: scores of edges into GoogLeNet's `mixed3b:335` beside expanded weights and ablation.
+"""What builds a curve unit: edges into GoogLeNet's `mixed3b:335`, compared with expanded weights and with ablation.
 
 On the photographs that activate the unit most, with each one turned by 180 degrees as its counterpart, edges are scored
 by integrated gradients on the unit's input, before its ReLU. For each unit of a lower layer the scores of all edges
-that leave it are added up. Beside them stand the unit's expanded weight into the curve unit times the change of its
-activation, summed over the kernel at the curve unit's place; and the effect of ablation, with the whole unit carrying
-what it carries on the counterpart. Both are rank correlations over the layer's units, with bootstrap intervals. All of
-it is shown for shuffled weights, too.
+that leave it are added up. They are compared with the unit's expanded weight into the curve unit times the change of
+its activation, summed over the kernel at the curve unit's place, and with the effect of ablation, where the whole unit
+carries what it carries on the counterpart. Both are rank correlations over the layer's units, with bootstrap intervals.
+All of it is shown for shuffled weights, too.
 
     CIRCUITS_ASSETS=... python benchmarks/curve_unit.py --photographs 16 --among 96
 """
@@ -147,7 +147,7 @@ def main() -> None:
         which.name: compare(which, folder, args.photographs, args.among)
         for which in [model, *([randomized(model, 0)] if args.null else [])]
     }
-    print(json.dumps({"name": "curve unit: edges beside expanded weights and ablation", **made}))
+    print(json.dumps({"name": "curve unit: edges, expanded weights and ablation", **made}))
 
 
 if __name__ == "__main__":

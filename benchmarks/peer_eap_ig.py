@@ -1,4 +1,4 @@
-"""Scores of all edges beside those of the authors' EAP-IG, on the same random GPT-2, Llama and Gemma 2.
+"""Scores of all edges compared with those of the authors' EAP-IG, on the same random GPT-2, Llama and Gemma 2.
 
 Agreement: the largest difference over all edges, relative to the largest score, of EAP, EAP-IG (their own left sum, 5
 steps), clean-corrupted, and EAP-IG-activations (5 steps). Time: of the processor, on one thread, the two in turns; the

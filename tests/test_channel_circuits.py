@@ -1,4 +1,4 @@
-"""Circuits between channels: of a curve unit, of two classes, and beside shuffled weights."""
+"""Circuits between channels: of a curve unit, of two classes, and with shuffled weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.test_channel_graph import net, task_of
 QUICK: dict[str, Any] = {"n_random": 0, "n_curves": 0}
 
 
-def test_the_same_search_stands_beside_shuffled_weights() -> None:
+def test_the_same_search_is_shown_with_shuffled_weights() -> None:
     model = net("branched")
     graph, task = edge_graph(model), task_of(model, 8)
     found, null = (discover(graph, task, "eap-ig", size=size, **QUICK) for size in (9, 20))
@@ -32,7 +32,7 @@ def test_the_same_search_stands_beside_shuffled_weights() -> None:
     said = both.to_dict()
     assert said["scores"] == found.to_dict()["scores"]
     assert said["shuffled"]["evaluation"] == null.to_dict()["evaluation"]
-    (table,) = [t for t in both.tables(5) if not isinstance(t, str) and "beside" in t.title]
+    (table,) = [t for t in both.tables(5) if not isinstance(t, str) and "the model and" in t.title]
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["output:1, intact"] == (found.scores.clean.mean(),) * 2
     sizes = np.sort(np.abs(found.scores.mean))[::-1]

@@ -297,7 +297,7 @@ def test_baselines_of_every_kind_of_network_are_numbers(kind: type[nn.Module]) -
     assert (norms[(sizes > 0).any(0)] > 0).all()
 
 
-def test_a_shortcut_and_the_kernel_beside_it_add_up() -> None:
+def test_a_shortcut_and_the_kernel_that_it_goes_round_add_up() -> None:
     class Cancelling(nn.Module):
         """y = relu(x + conv(x)), with a kernel that takes away x of channel 0 and doubles that of channel 1."""
 

@@ -146,7 +146,13 @@ def discover(
     }  # fmt: skip
     keep = make_now
     if save:
-        own = {"method": method, "graph": dict(graph.choices), "other": _all_edges(further | known)}
+        compared = {name: edges_of(c) for name, c in further.items()}
+        own = {
+            "method": method,
+            "graph": dict(graph.choices),
+            "other": compared,
+            "truth": _all_edges(known),
+        }
         keep = _keep(place, loaded, asked, own | settings)
     with output.stages() as stage:
         found = found_circuit(

@@ -1,8 +1,8 @@
 """How large what an edge between channels carries is, from weights alone and on given images.
 
 Both are sizes of one linear map, from a source channel to what a target channel is given, summed over all paths between
-the two, so that a shortcut and the kernel beside it add up or cancel. Max pooling on the way counts as passing on one
-number of each window.
+the two, so that a shortcut and the kernel that it goes round add up or cancel. Max pooling on the way counts as passing
+on one number of each window.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ class EdgeGraph(ABC):
     # --- what is computed ------------------------------------------------------------------------
 
     def placed(self, task: Task, part: TaskBatch) -> dict[str, Tensor]:
-        """What the graph needs of a batch beside tensors of sites, by names that no site has.
+        """What the graph needs of a batch besides the tensors of sites, by names that no site has.
 
         It is found among the tensors of both runs.
 

@@ -1,7 +1,7 @@
 """Edge pruning: a circuit by learning a mask over all edges at once (Bhaskar et al. 2024).
 
 Every edge has a gate z from 0 (it carries what it carries in the other run) to 1 (what it carries in the clean one),
-drawn anew in every step from the hard-concrete distribution (Louizos et al. 2018): with u uniform from 0 to 1,
+drawn again in every step from the hard-concrete distribution (Louizos et al. 2018): with u uniform from 0 to 1,
 
     z = clamp(1.2 sigmoid((log u - log(1 - u) + a) / (2/3)) - 0.1, 0, 1),
 

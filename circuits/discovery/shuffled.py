@@ -37,7 +37,7 @@ class BesideShuffled:
         """What was found, and a table of both."""
         yield from self.found.tables(top)
         name = self.shuffled.scores.record.model
-        yield Table(("what", "model", "shuffled weights"), self._rows(), f"beside {name}")
+        yield Table(("what", "model", "shuffled weights"), self._rows(), f"the model and {name}")
         if not self.shuffled.evaluation.defined:
             yield f"shuffled weights: {self.shuffled.evaluation.undefined}"
 

@@ -148,5 +148,5 @@ def most_active(task: Task, n: int, progress: Progress | None = None) -> Task:
         if progress is not None:
             progress(done, len(task))
     order = values.argsort(descending=True, stable=True)[:n]
-    # Halves are drawn anew: those of all examples may hold very different numbers of the most active ones.
+    # Halves are drawn again: those of all examples may hold very different numbers of the most active ones.
     return replace(task.subset(sorted(order.tolist())), split=None)
