@@ -180,7 +180,11 @@ class Measured:
 
 
 def _said(q: Quantity, where: str) -> str:
-    interval = "exactly" if q.exact else f"interval {between(q.low, q.high)}"
+    interval = f"interval {between(q.low, q.high)}"
+    if q.exact:
+        interval = "exactly"
+    elif q.low == q.high:
+        interval = f"the same in all {q.clusters} independent examples"
     return f"{q.name} {q.value:.4g} ({interval}) is {where} the claimed {q.region}"
 
 
