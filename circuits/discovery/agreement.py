@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.runs import Runs
 from circuits.discovery.scoring import exact
-from circuits.experiments.statistics import Interval, percentiles, resampled
+from circuits.experiments.statistics import Interval, corrected, mean_ps, percentiles
 from circuits.files import finite
 from circuits.progress import Progress
 
@@ -27,6 +27,9 @@ CORRELATION = 0.9
 
 SIGNS = 0.9
 """The share of equal signs below which scores count as unreliable."""
+
+NOISE = 0.05
+"""The share of edges above the noise that may have no effect."""
 
 _FEWEST = 5
 """With edges above the noise that are worth fewer than this, nothing is said of agreement."""
@@ -46,7 +49,7 @@ class Agreement:
 
     Attributes:
         direction: `noising` or `denoising`; a denoising effect has the opposite sign of the score that it agrees with.
-        n: the number of edges in the sample whose exact effect can be told from 0.
+        n: the number of edges in the sample whose exact effect can be told from 0, corrected for the sample's size.
         effective: what they are worth as a sample of all such edges: a few that stand for many count little more than
             one (Kish 1965: the square of the sum of weights over the sum of their squares).
         spearman: the rank correlation among these, each weighted by how rarely its like was drawn.
@@ -107,8 +110,8 @@ class Checked:
                 continue
             r, s = found.spearman, found.signs
             yield (
-                f"agreement with exact {way} on {len(self.sampled)} edges ({found.n} above the noise, worth "
-                f"{found.effective:.2g} drawn evenly): "
+                f"agreement with exact {way} on {len(self.sampled)} edges ({found.n} above the noise, of which at "
+                f"most {NOISE:.0%} by chance, worth {found.effective:.2g} drawn evenly): "
                 f"Spearman {r.value:.2f} ({r.low:.2f} to {r.high:.2f}), same sign {s.value:.0%} ({s.low:.0%} to "
                 f"{s.high:.0%}), {found.overlap:.0%} of the {found.largest} largest in common"
             )
@@ -212,7 +215,7 @@ def _compared(
     seed: int,
 ) -> Agreement:
     mean = effects.mean(0) if way == "noising" else -effects.mean(0)
-    clear = _clear(effects, clusters, seed)
+    clear = _clear(effects, clusters)
     effective = (
         float(weights[clear].sum() ** 2 / (weights[clear] ** 2).sum()) if clear.any() else 0.0
     )
@@ -237,14 +240,16 @@ def _compared(
 
 
 def _clear(
-    effects: Float[np.ndarray, "example edge"], clusters: tuple[int, ...], seed: int
+    effects: Float[np.ndarray, "example edge"], clusters: tuple[int, ...]
 ) -> Bool[np.ndarray, " edge"]:
-    """The edges whose exact effect can be told from 0: those whose 95 % interval does not hold it."""
-    drawn = resampled(effects.T, clusters=clusters, seed=seed)
-    if np.isnan(drawn).any():  # one example: any effect is clear
+    """The edges whose exact effect can be told from 0, by t-tests corrected for the number of edges.
+
+    At most `NOISE` of them are expected to have none (Benjamini and Hochberg 1995).
+    """
+    ps = mean_ps(effects.T, clusters)
+    if np.isnan(ps).any():  # one example: any effect is clear
         return effects.mean(0) != 0
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    return (low > 0) | (high < 0)
+    return np.array(corrected(ps, "benjamini-hochberg")) <= NOISE
 
 
 def _spearman(

@@ -29,7 +29,7 @@ from circuits.examples import BATCH
 from circuits.experiments import N_RANDOM
 from circuits.experiments.outcomes import Record
 from circuits.experiments.running import MEMORY
-from circuits.experiments.statistics import Interval, least_p, percentiles, resampled
+from circuits.experiments.statistics import Interval, least_p, n_clusters, resampled
 from circuits.files import Keep, finite, make_now
 from circuits.progress import Progress
 from circuits.tables import Table, between, spread
@@ -91,7 +91,7 @@ def faithfulness_of(
     own, none, whole = rows.mean(1)
     drawn = resampled(rows, clusters=clusters, seed=seed).T
     ratios = (drawn[0] - drawn[1]) / (drawn[2] - drawn[1])
-    return Interval(float((own - none) / (whole - none)), *percentiles(ratios))
+    return Interval.of(float((own - none) / (whole - none)), ratios, n_clusters(clusters))
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,7 +373,7 @@ def _effect(
 ) -> Interval:  # fmt: skip
     change = (full - empty)[None]
     drawn = resampled(change, clusters=clusters, seed=seed)
-    return Interval(float(change.mean()), *percentiles(drawn[:, 0]))
+    return Interval.of(float(change.mean()), drawn[:, 0], n_clusters(clusters))
 
 
 def _is_clear(effect: Interval) -> bool:
