@@ -550,7 +550,11 @@ class Output:
         if self.json:
             show_json(_plain(facts))
             return
-        for part in parts:
+        self.show_parts(parts)
+
+    def show_parts(self, parts: Iterable[Table | str]) -> None:
+        """Print tables and lines, of which JSON has a part at the end: nothing yet if that is wanted."""
+        for part in () if self.json else parts:
             if isinstance(part, str):
                 say(part)
             else:
