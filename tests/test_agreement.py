@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 
 from circuits.discovery import Evaluation, check_scores, edge_graph, evaluate, score_edges
-from circuits.discovery.agreement import _clear, _ranks, _sample  # pyright: ignore[reportPrivateUsage]
+from circuits.discovery.agreement import (  # pyright: ignore[reportPrivateUsage]
+    Agreement,
+    Checked,
+    _clear,
+    _ranks,
+    _sample,
+)
 from circuits.discovery.evaluating import Curve
 from circuits.discovery.runs import Runs
+from circuits.experiments.statistics import Interval
 from circuits.models.zoo.loading import load_model
 from circuits.tasks.builtin import load_task
 from tests import canned
@@ -142,16 +149,29 @@ def test_the_smallest_size_lies_between_the_sizes_of_the_curve() -> None:
     assert made.on_find == pytest.approx(find.faithfulness.value, abs=1e-5)
 
 
-def test_edges_without_effect_are_seldom_above_the_noise() -> None:
-    """Of 60 edges 20 have an effect; 100 experiments with six examples in clusters of two, twelve in all."""
+def test_edges_without_effect_are_as_often_above_the_noise_as_is_said() -> None:
+    """Of 60 edges 20 have an effect, and 10 of the others are dead; 200 experiments with six pairs of examples."""
     rng, false, found = np.random.default_rng(0), 0, 0
     clusters = tuple(np.repeat(np.arange(6), 2).tolist())
-    for _ in range(100):
+    for _ in range(200):
         effects = np.repeat(rng.normal(0, 1, (6, 60)), 2, axis=0)
-        effects[:, :20] += 8
-        clear = _clear(effects, clusters)
+        effects[:, :20] += 12
+        effects[:, 50:] = 0
+        clear, by_chance = _clear(effects, clusters)
+        assert by_chance == pytest.approx(50 / 20)
         false += int(clear[20:].sum())
         found += int(clear[:20].sum())
-    assert found == 20 * 100
-    assert false / (false + found) < 0.05
-    assert _clear(np.array([[2.0, 0.0]]), (0,)).tolist() == [True, False], "one example"
+    assert found == 20 * 200
+    assert false / 200 == pytest.approx(30 / 20, abs=0.25), "1.5 of the 30 in each"
+    clear, by_chance = _clear(np.array([[2.0, 0.0]]), (0,))
+    assert clear.tolist() == [True, False], "one example"
+    assert np.isnan(by_chance)
+
+
+def test_as_many_edges_as_by_chance_say_nothing() -> None:
+    f = Interval(0.5, 0.4, 0.6)
+    few, enough = (Agreement("noising", n, 3.0, 6.0, f, f, 0.5, 5, 0.0) for n in (6, 7))
+    assert not few.known
+    assert enough.known
+    said = Checked((1, 2), few, None, float("nan"), 0.0, ()).lines()
+    assert any("6 above the noise, 3 expected by chance" in line for line in said)
