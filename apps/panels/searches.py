@@ -43,9 +43,9 @@ SEARCHES = (
     "many, cut by exact effects (`refine`), all, dropping what is not needed (`acdc`), a learned mask (`pruning`)."
 )
 ABLATIONS = (
-    "What edges outside the circuit carry: what they carry on the example's counterpart, or on another example "
-    "(`resample`); a mean over examples and positions, by position, or by template; constants learned for the circuit "
-    "(`optimal`); nothing (`zero`)."
+    "What edges outside the circuit carry: what they carry on the example's `counterpart` or another example "
+    "(`resample`); the `mean` over examples and positions, `mean-by-position` or `mean-by-template`; constants learned "
+    "for the circuit (`optimal`); nothing (`zero`)."
 )
 _KV = (
     "Whether keys and values that heads share are one target for their group, or one for each head."
