@@ -106,8 +106,9 @@ def choose(
     show: Callable[[str], str] = str,
     *,
     sidebar: bool = True,
+    help: str | None = None,
 ) -> str:
-    """A select box whose choice is the URL's `parameter`; `show` says how options look."""
+    """A select box whose choice is the URL's `parameter`; `show` says how options look, `help` what they are."""
     key = f"choose-{parameter}"
     wanted = st.query_params.get(parameter)
     known = wanted is None or wanted in options
@@ -121,7 +122,7 @@ def choose(
         st.query_params[parameter] = st.session_state[key]
 
     with st.sidebar if sidebar else nullcontext():
-        return st.selectbox(label, options, key=key, on_change=changed, format_func=show)
+        return st.selectbox(label, options, key=key, on_change=changed, format_func=show, help=help)
 
 
 N = TypeVar("N", int, float)

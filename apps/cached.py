@@ -11,7 +11,7 @@ import io
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ from circuits.autoencoders import FILE, Autoencoder, load_autoencoder
 from circuits.concepts import Bottleneck, Intervention, intervene, train_bottleneck
 from circuits.concepts.bottleneck import Accuracy, InterventionReport
 from circuits.discovery import Discovery, EdgeGraph, discover, edge_graph
+from circuits.discovery.building import chosen_latents
 from circuits.discovery.finding import Stage
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import Method as ScoringMethod
 from circuits.discovery.searching import Search
+from circuits.discovery.streams import KeysValues
 from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import canonical
 from circuits.effects import EditReport, Prediction, measure, predictions, token_losses
@@ -298,6 +300,26 @@ def measured(
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Between which parts of a model edges lead, as on the command line; see `circuits.discovery.edge_graph`."""
+
+    sites: tuple[str, ...] = ()
+    kv: KeysValues = "group"
+    spans: str = ""
+    neurons: str = ""
+    latents: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that are not the usual ones."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        }
+
+
+@dataclass(frozen=True)
 class Finding:
     """How a circuit is looked for; see `circuits.discovery.discover`.
 
@@ -308,7 +330,7 @@ class Finding:
         threshold: of `acdc`.
         ablation: what edges outside the circuit carry.
         seed: of everything random.
-        sites: of a convolutional network: those between which edges are wanted.
+        parts: between which edges lead.
         direction: of `exact`.
         alternatives: how many further circuits are looked for.
     """
@@ -319,7 +341,7 @@ class Finding:
     threshold: float | None
     ablation: Ablation
     seed: int
-    sites: tuple[str, ...] = ()
+    parts: Parts = Parts()
     direction: Direction = "noising"
     alternatives: int = 0
 
@@ -333,17 +355,22 @@ class Finding:
 
 
 @st.cache_resource(show_spinner="Looking for the model's edges…", max_entries=16)
-def _edges(model_hash: str, sites: tuple[str, ...], _model: HookedModel) -> EdgeGraph:
-    return edge_graph(_model, sites)
+def _edges(
+    model_hash: str, parts: Parts, task_hash: str, _model: HookedModel, _task: Task
+) -> EdgeGraph:
+    settings = parts.settings
+    if parts.latents:
+        settings["latents"] = chosen_latents(_model, parts.latents, _task)
+    return edge_graph(_model, **settings)
 
 
-def edges_of(model: HookedModel, sites: Sequence[str] = ()) -> EdgeGraph:
-    """The edges between the parts of a model.
+def edges_of(model: HookedModel, parts: Parts, task: Task) -> EdgeGraph:
+    """The edges between the parts of a model; the task says which latents are active.
 
     Raises:
-        ValueError, KeyError: if they cannot be found, or there is no such site.
+        ValueError, KeyError: if they cannot be found, or there is no such part.
     """
-    return _edges(model.intact_hash, tuple(sites), model)
+    return _edges(model.intact_hash, parts, task.hash if parts.latents else "", model, task)
 
 
 @st.cache_resource(show_spinner=False)
@@ -362,7 +389,7 @@ def discovered(
     kept = _discoveries()
     key = (model.intact_hash, task.hash, task.seed, how)
     if key not in kept and stage is not None:
-        graph = edges_of(model, how.sites)
+        graph = edges_of(model, how.parts, task)
         kept[key] = discover(graph, task, how.method, n_random=RANDOM, stage=stage, **how.settings)
         while len(kept) > FOUND:
             kept.popitem(last=False)

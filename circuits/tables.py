@@ -30,10 +30,11 @@ class Table:
 def between(low: float, high: float) -> str:
     """An interval in words, `unknown` where an end is NaN.
 
-    >>> between(0.25, 1 / 3), between(float("nan"), 1.0)
-    ('0.25 to 0.3333', 'unknown')
+    >>> between(0.25, 1 / 3), between(float("nan"), 1.0), between(-0.0, 0.0)
+    ('0.25 to 0.3333', 'unknown', '0 to 0')
     """
-    return "unknown" if low != low or high != high else f"{low:.4g} to {high:.4g}"
+    # -0.0 + 0.0 is 0.0
+    return "unknown" if low != low or high != high else f"{low + 0.0:.4g} to {high + 0.0:.4g}"
 
 
 def with_interval(value: float, low: float, high: float) -> str:

@@ -62,7 +62,7 @@ def discovery(graph: EdgeGraph, task: Task, size: int = 10) -> Discovery:
     kept = greedy(graph, np.abs(found.mean), size)
     how = {"search": "greedy", "ranking": "absolute", "size": size}
     noising = Agreement(
-        "noising", 12, 12.0, Interval(0.95, 0.9, 1.0), Interval(1.0, 1.0, 1.0), 0.9, 10, 0.0
+        "noising", 12, 1.0, 12.0, Interval(0.95, 0.9, 1.0), Interval(1.0, 1.0, 1.0), 0.9, 10, 0.0
     )
     return Discovery(
         circuit_graph(graph, kept, found, task, how), found,

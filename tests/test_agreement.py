@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 
 from circuits.discovery import Evaluation, check_scores, edge_graph, evaluate, score_edges
-from circuits.discovery.agreement import _ranks, _sample  # pyright: ignore[reportPrivateUsage]
+from circuits.discovery.agreement import (  # pyright: ignore[reportPrivateUsage]
+    Agreement,
+    Checked,
+    _clear,
+    _ranks,
+    _sample,
+)
 from circuits.discovery.evaluating import Curve
 from circuits.discovery.runs import Runs
+from circuits.experiments.statistics import Interval
 from circuits.models.zoo.loading import load_model
 from circuits.tasks.builtin import load_task
 from tests import canned
@@ -92,8 +99,10 @@ def made() -> Evaluation:
 
 def test_figures_of_an_evaluation_are_those_of_their_definitions(made: Evaluation) -> None:
     assert made.faithfulness.value == 0.75
-    # Two clusters, of f .5 and 1: resamples have one, the other, or both; the denominator is the same.
-    assert (made.faithfulness.low, made.faithfulness.high) == (0.5, 1)
+    # Two clusters, of f .5 and 1: resamples have one, the other, or both; the denominator is the same. Of two clusters
+    # distances from the mean are expanded by t(1) sqrt(2) / z = 12.706 * 1.414 / 1.960 = 9.168.
+    assert made.faithfulness.low == pytest.approx(0.75 - 0.25 * 9.168, abs=1e-3)
+    assert made.faithfulness.high == pytest.approx(0.75 + 0.25 * 9.168, abs=1e-3)
     # |1 - f| of the circuit is .25, of the random ones .25, 1 and .2: two of three are as good.
     assert made.p_value == (1 + 2) / (1 + 3)
     # |1 - f| is 1 at 0 edges, then 1, .5, .5, 0; linear in the share of edges.
@@ -138,3 +147,31 @@ def test_the_smallest_size_lies_between_the_sizes_of_the_curve() -> None:
     # The find half has its own figure.
     find = evaluate(graph, task.find, graph.mask([graph.edges[0]]), n_random=0)
     assert made.on_find == pytest.approx(find.faithfulness.value, abs=1e-5)
+
+
+def test_edges_without_effect_are_as_often_above_the_noise_as_is_said() -> None:
+    """Of 60 edges 20 have an effect, and 10 of the others are dead; 200 experiments with six pairs of examples."""
+    rng, false, found = np.random.default_rng(0), 0, 0
+    clusters = tuple(np.repeat(np.arange(6), 2).tolist())
+    for _ in range(200):
+        effects = np.repeat(rng.normal(0, 1, (6, 60)), 2, axis=0)
+        effects[:, :20] += 12
+        effects[:, 50:] = 0
+        clear, by_chance = _clear(effects, clusters)
+        assert by_chance == pytest.approx(50 / 20)
+        false += int(clear[20:].sum())
+        found += int(clear[:20].sum())
+    assert found == 20 * 200
+    assert false / 200 == pytest.approx(30 / 20, abs=0.25), "1.5 of the 30 in each"
+    clear, by_chance = _clear(np.array([[2.0, 0.0]]), (0,))
+    assert clear.tolist() == [True, False], "one example"
+    assert np.isnan(by_chance)
+
+
+def test_as_many_edges_as_by_chance_say_nothing() -> None:
+    f = Interval(0.5, 0.4, 0.6)
+    few, enough = (Agreement("noising", n, 3.0, 6.0, f, f, 0.5, 5, 0.0) for n in (6, 7))
+    assert not few.known
+    assert enough.known
+    said = Checked((1, 2), few, None, float("nan"), 0.0, ()).lines()
+    assert any("6 above the noise, 3 expected by chance" in line for line in said)

@@ -9,7 +9,7 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,6 +23,9 @@ from apps.tab_storage import RECALLED
 from circuits.cli.main import run
 from circuits.concepts import name_unit, names_of
 from circuits.discovery import Alternatives, Discovery, EdgeGraph, edge_graph, edges_of
+from circuits.discovery.runs import Ablation
+from circuits.discovery.scoring import Method
+from circuits.discovery.searching import Search
 from circuits.edits.activations import zero
 from circuits.edits.ledger import Ledger
 from circuits.edits.recipes import Recipe
@@ -719,6 +722,44 @@ def test_a_stopped_run_goes_on_unless_it_was_cancelled(
     monkeypatch.setattr("apps.cached.discover", lambda *_, **__: found[1])
     test.run()
     assert "Edges by score" in text(test)
+
+
+def test_the_grain_is_that_of_the_command_line(
+    built: Workspace, found: tuple[Task, Discovery], monkeypatch
+) -> None:
+    asked: list[tuple[EdgeGraph, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "apps.cached.discover", lambda graph, *_, **more: asked.append((graph, more)) or found[1]
+    )
+    choices = ASKED | {"size": "12", "spans": "0-8,9-", "kv": "head"}
+    test = page(built, monkeypatch, "find", guard=True, **choices)
+    assert not test.exception
+    assert [e.label for e in test.expander] == ["Grain"]
+    assert "212 edges between heads and MLPs at spans 0-8,9-" in text(test)
+    assert "find-latents" not in [t.key for t in test.text_input], "it has no autoencoder"
+    test.button(key="find-run").click().run()
+    ((graph, _),) = asked
+    assert graph.choices == {"kv": "head", "spans": "0-8,9-"}
+    said = next(read(c) for c in test.caption if "The same:" in c.value)
+    told = given("discovering.found_circuit", *shlex.split(said.partition("circuits ")[2]))
+    assert told["graph"].choices == graph.choices
+    monkeypatch.setattr(
+        "circuits.discovery.discover",
+        lambda graph, *_, **more: asked.append((graph, more)) or found[1],
+    )
+    exec(compile(test.code[0].value, "copied", "exec"), {})
+    assert asked[1][0].choices == graph.choices
+    assert "what head 3 of layer 0 adds to the keys" in text(test)
+    test.text_input(key="find-spans").set_value("0-4,9-").run()
+    assert test.query_params["spans"] == "0-4,9-"
+    assert "expected ranges that hold each position once" in read(test.error[0])
+
+
+def test_choices_of_a_search_are_explained(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, "find", **ASKED)
+    for key, options in (("method", Method), ("search", Search), ("ablation", Ablation)):
+        said = test.selectbox(key=f"choose-{key}").help
+        assert [name for name in get_args(options) if f"`{name}`" not in said] == []
 
 
 def test_acdc_takes_a_threshold(

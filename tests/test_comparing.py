@@ -147,6 +147,12 @@ def test_circuits_share_what_they_share() -> None:
     made = compare_circuits([("a", "b"), ("b", "c")], [("b", "c"), ("c", "d"), ("d", "e")], 10)
     assert made.jaccard == 1 / 4
     assert made.by_chance == pytest.approx(0.6 / 4.4) == chance_jaccard(2, 3, 10)
+    same = compare_circuits(made.both + made.only_first, made.only_first + made.both, 10)
+    (said,) = same.tables(5)
+    assert (
+        said
+        == "the same circuit: all 2 edges are in both, nothing differs: Jaccard 1 (by chance 0.11)"
+    )
 
 
 # --- models --------------------------------------------------------------------------------------

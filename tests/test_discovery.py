@@ -301,6 +301,17 @@ def test_random_circuits_have_as_many_edges_of_each_class() -> None:
             assert drawn_[own].sum() == circuit[own].sum()
 
 
+def test_random_circuits_of_many_channels_lie_mostly_on_paths() -> None:
+    graph = edge_graph(load_model("shapes"), ["conv2d1", "mixed3a", "mixed3b:0"])
+    worth = np.abs(np.random.default_rng(0).standard_normal(len(graph))) ** 4
+    circuit, shares = greedy(graph, worth, 200), list[float]()
+    for seed in range(5):
+        made = random_circuit(graph, circuit, np.random.default_rng(seed))
+        assert (np.bincount(graph.classes[made]) == np.bincount(graph.classes[circuit])).all()
+        shares.append(graph.connected(made).sum() / made.sum())
+    assert np.mean(shares) > 0.8, "of edges that are drawn again and again .68"
+
+
 def test_greedy_grows_backwards_and_refine_ends_at_the_size_asked_for() -> None:
     model = load_model("induction-by-hand")
     graph, task = edge_graph(model), load_task(model, n=12, seed=1).find

@@ -15,12 +15,13 @@ from circuits.autograd import recording_gradients
 from circuits.cleanroom import induction
 from circuits.discovery import Runs, discover, edge_graph, edges_of, evaluate, pruning, score_edges
 from circuits.discovery.losses import Distance
-from circuits.discovery.optimal import learn_constants
+from circuits.discovery.optimal import STEPS, learn_constants
 from circuits.discovery.pruning import chances, gates, prune, strongest_connected
 from circuits.discovery.searching import values_of
 from circuits.files import keeping
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
+from circuits.progress import Progress
 from circuits.tasks import Task
 from circuits.tasks.builtin import load_task
 from circuits.tasks.metrics import accuracy, kl
@@ -217,8 +218,8 @@ def test_the_same_seed_prunes_the_same_and_a_stopped_search_goes_on(
     assert (again == whole).all()
     # The whole state after each part is the same as that of the search that was never stopped.
     assert [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())] == states
-    assert done == [state["done"] for state in states]
-    assert done == [8, 16, 24]
+    assert [state["done"] for state in states] == [8, 16, 24]
+    assert done == [8, 16, *range(17, 25), 24], "what was kept at once, then each step"
     assert (prune(runs, 20, seed=1, **given) != whole).any()
 
 
@@ -304,8 +305,18 @@ def test_a_circuit_is_found_and_evaluated_with_optimal_constants() -> None:
     model = load_model("addition-by-hand")
     graph, task = edge_graph(model), load_task(model, n=16, seed=1)
     given: dict[str, Any] = {"size": 3, "n_random": 2, "n_curves": 1, "ablation": "optimal"}
-    found = discover(graph, task, "eap-ig", search="greedy", check=0, **given)
+    stages: list[str] = []
+
+    def stage(name: str) -> Progress:
+        stages.append(name)
+        return lambda done, total: (
+            stages.append(f"{done} of {total}") if "constants" in name else None
+        )
+
+    found = discover(graph, task, "eap-ig", search="greedy", check=0, stage=stage, **given)
     made = found.evaluation
+    steps = [f"{done} of {STEPS}" for done in range(STEPS + 1)]
+    assert stages[-len(steps) - 2 :] == ["optimal constants", *steps, "evaluation"]
     assert made.ablation == "optimal"
     assert found.scores.settings["ablation"] == "mean"
     assert found.notes[0].startswith("edges were scored by mean ablation")
@@ -314,6 +325,20 @@ def test_a_circuit_is_found_and_evaluated_with_optimal_constants() -> None:
     )
     np.testing.assert_array_equal(again.own, made.own)
     assert any("constants that were learned" in line for line in made.tables() if isinstance(line, str))  # fmt: skip
+
+
+def test_the_number_of_steps_of_pruning_is_asked_for() -> None:
+    model = load_model("addition-by-hand")
+    graph, task = edge_graph(model), load_task(model, n=8)
+    told: list[int] = []
+    stage = lambda name: (lambda done, total: told.append(total)) if name == "search" else None  # noqa: E731
+    given: dict[str, Any] = {"check": 0, "n_random": 0, "n_curves": 0, "size": 3, "stage": stage}
+    discover(graph, task, "eap", search="pruning", pruning_steps=7, **given)
+    assert set(told) == {7}
+    with pytest.raises(
+        ValueError, match="pruning_steps 7 belong to the search pruning, not to top"
+    ):
+        discover(graph, task, "eap", search="top", pruning_steps=7, **given)
 
 
 # --- refused -----------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ SMALLER = {
 
 
 def test_readme_has_its_scripts() -> None:
-    assert len(SCRIPTS) == 11
+    assert len(SCRIPTS) == 12
     lines = [line for line in SCRIPTS[0].splitlines() if line]
     assert len(lines) == 11, "an import and ten lines"
 
@@ -47,6 +47,7 @@ def test_readme_has_the_settings_that_are_made_smaller() -> None:
         "weights",
         "pictures",
         "behaviours",
+        "own-task",
         "circuits",
         "own-heads",
         "units",

@@ -6,11 +6,15 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from circuits.experiments.statistics import (
+    Interval,
     corrected,
+    ends,
     interval,
     least_p,
+    mean_ps,
     p_value,
     paired_p,
     paired_ps,
@@ -28,7 +32,10 @@ def test_the_interval_is_that_of_a_bootstrap_over_clusters() -> None:
         drawn = generator.integers(0, 12, 12)
         slow.append(np.concatenate([values[clusters == c] for c in drawn]).mean())
     found = interval(values, clusters=clusters.tolist(), resamples=4000)
-    np.testing.assert_allclose(found, np.quantile(slow, [0.025, 0.975]), atol=0.03)
+    # 12 clusters: t(11) = 2.201 instead of 1.960, and a variance that is divided by 11 instead of 12
+    mean, wide = values.mean(), 2.201 / 1.960 * (12 / 11) ** 0.5
+    expected = mean + wide * (np.quantile(slow, [0.025, 0.975]) - mean)
+    np.testing.assert_allclose(found, expected, atol=0.03)
     # copies of each example in its own cluster say nothing new
     twice = interval(np.repeat(values, 2), clusters=np.repeat(np.arange(60), 2).tolist(), seed=5)
     np.testing.assert_allclose(twice, interval(values, seed=5), atol=1e-12)
@@ -47,6 +54,50 @@ def test_weights_count_as_often() -> None:
 def test_an_interval_of_one_cluster_is_not_a_number() -> None:
     assert all(np.isnan(interval(np.array([1.0, 2.0]), clusters=[4, 4])))
     assert interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("n", [4, 6, 10, 30])
+def test_intervals_of_few_clusters_hold_the_true_ratio_of_means(n: int) -> None:
+    """500 samples of a ratio of means over skewed (log-normal) clusters, whose true value is 0.9."""
+    rng, held, alone = np.random.default_rng(n), 0, 0
+    for _ in range(500):
+        empty, skewed = rng.normal(0, 0.5, n), rng.lognormal(0, 1, (2, n))
+        rows = np.stack([empty + 0.7 * skewed[0] + 0.2 * skewed[1], empty, empty + skewed[0]])
+        own, none, whole = resampled(rows, resamples=400).T
+        drawn, (a, b, c) = (own - none) / (whole - none), rows.mean(1)
+        found, few = Interval.of((a - b) / (c - b), drawn, n), percentiles(drawn)
+        held += found.low <= 0.9 <= found.high
+        alone += few[0] <= 0.9 <= few[1]
+    assert held / 500 >= 0.9
+    assert alone < held
+    assert alone / 500 < 0.85 or n > 6, "without the expansion they are too short"
+
+
+def test_many_clusters_leave_percentiles_nearly_as_they_are() -> None:
+    drawn = np.random.default_rng(0).normal(2, 1, 2000)
+    low, high = percentiles(drawn)
+    found = Interval.of(2.0, drawn, 1000)
+    assert found.low == pytest.approx(low, abs=0.01)
+    assert found.high == pytest.approx(high, abs=0.01)
+
+
+def test_expanded_intervals_end_where_values_do() -> None:
+    right = np.array([1.0, 1.0, 1.0, 0.0])
+    assert interval(right)[1] > 1
+    assert interval(right, within=(0, 1)) == (0, 1)
+    low, high = ends(np.array([2.0, 2.0]), np.full((5, 2), np.nan), 4)
+    assert np.isnan([*low, *high]).all(), "no resample has a value"
+
+
+def test_t_tests_of_means_by_cluster() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(0.3, 1, (5, 8))
+    assert mean_ps(rows) == pytest.approx(stats.ttest_1samp(rows, 0, axis=1)[1])
+    # copies in a cluster say nothing new
+    twice = mean_ps(np.repeat(rows, 2, axis=1), np.repeat(np.arange(8), 2).tolist())
+    assert twice == pytest.approx(mean_ps(rows))
+    assert mean_ps(np.array([[2.0, 2.0, 2.0], [0.0, 0.0, 0.0]])).tolist() == [0, 1]
+    assert np.isnan(mean_ps(rows, [0] * 8)).all()
 
 
 def test_p_values_count_the_change_itself_and_ties() -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from circuits.experiments.ablation import _other_example, ablate
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
+from circuits.models.zoo.loading import load_model
 from circuits.tasks import METRICS, Custom, Item, Task, UnitActivation, compile_task
+from circuits.tasks.builtin import load_task, paired_with
 from circuits.tasks.halves import halves
 from circuits.tasks.reading import Places, Reading
 
@@ -268,3 +274,55 @@ def test_parts_of_a_task_keep_its_halves(bridge: HookedModel) -> None:
     judged = {part.examples.identity(i) for i in range(len(part))}
     assert judged
     assert not judged & find
+
+
+# --- in words, and counterparts from a folder ------------------------------------------------------
+
+
+def test_a_task_prints_as_two_lines() -> None:
+    task = load_task(load_model("stories260k"), n=8)
+    first, second = repr(task.find).splitlines()
+    assert first == (
+        "Task 'pronouns' of stories260k: 4 examples in 2 groups, find half, with counterparts, by logit_difference "
+        "(logits)"
+    )
+    clean, _, other = second.partition(" / ")
+    assert "Susan" in clean
+    assert "James" in other
+    assert second.endswith("answer ' she'; against ' he'")
+    assert str(task).count("\n") == 1
+
+
+def test_a_task_of_images_prints_as_two_lines() -> None:
+    task = load_task(load_model("shapes"), n=3)
+    name, answer = task.examples.names[0], task.model.classes[task.questions[0].answers[0][0]]
+    assert repr(task) == (
+        "Task 'classes' of shapes: 3 examples, no counterparts, by cross_entropy (nats)\n"
+        f"  e.g. {name}; answer {answer}"
+    )
+
+
+def test_counterparts_of_images_are_those_of_the_same_name(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for folder, order in (("with", "abc"), ("without", "cxba")):
+        (tmp_path / folder).mkdir()
+        for name in order:
+            pixels = rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{name}.png")
+    model = load_model("shapes")
+    task = load_task(model, data=f"folder:{tmp_path / 'with'}")
+    made = paired_with(task, f"folder:{tmp_path / 'without'}")
+    assert made.counterparts is not None
+    assert made.counterparts.names == task.examples.names == ("a.png", "b.png", "c.png")
+    own = Image.open(tmp_path / "without" / "b.png")
+    spec = model.input
+    assert isinstance(spec, ImageInput)
+    torch.testing.assert_close(made.counterparts.load(1), spec.load(own))
+    (tmp_path / "without" / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"have no 'a.png' \(one of 1 that are missing\)"):
+        paired_with(task, f"folder:{tmp_path / 'without'}")
+    with pytest.raises(ValueError, match="has counterparts of its own"):
+        paired_with(made, f"folder:{tmp_path / 'without'}")
+    words = load_task(load_model("induction"), n=4)
+    with pytest.raises(ValueError, match="model induction takes tokens"):
+        paired_with(words, f"folder:{tmp_path / 'with'}")

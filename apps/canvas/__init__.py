@@ -103,6 +103,8 @@ def _drawn(
         "edges": [
             {
                 "id": edge_id(a, b, key), "source": str(a), "target": str(b), "sum": data["sum"],
+                # What an edge leads into: q, k or v of a head, and the span of positions.
+                "way": data.get("layer", "") if data["kind"] == "effect" else "",
                 "width": 0.5 + 5.5 * data["norm"] / (strongest[data["kind"]] or 1.0),
             }
             for a, b, key, data in graph.edges(keys=True, data=True)

@@ -34,6 +34,10 @@ function styles(colors) {
       "curve-style": "haystack", "line-opacity": 0.6 } },
     { selector: "edge[sum < 0]", style: { "line-color": colors.inhibits, "target-arrow-color": colors.inhibits } },
     { selector: "edge[?arrow]", style: { "curve-style": "bezier", "target-arrow-shape": "triangle", "arrow-scale": 0.7 } },
+    // behind the arrow, where edges between the same nodes have parted
+    { selector: "edge[way][?arrow]", style: {
+      "target-label": "data(way)", "target-text-offset": "data(at)", "font-size": 8, "font-weight": "bold", "color": colors.text,
+      "text-background-color": colors.back, "text-background-opacity": 0.85, "min-zoomed-font-size": 4 } },
     { selector: ":selected", style: { "border-width": 4, "border-color": "#E69F00", "line-opacity": 1, "z-index": 9 } },
     { selector: "edge:selected", style: { "overlay-color": "#E69F00", "overlay-opacity": 0.25, "overlay-padding": 3 } },
   ];
@@ -41,13 +45,15 @@ function styles(colors) {
 
 function elements(data) {
   const few = data.edges.length <= 150; // arrows are slow to draw where there are many
+  const into = new Map(); // labels of edges into one node stand at different distances from it
+  const at = (e) => { into.set(e.target, (into.get(e.target) ?? -1) + 1); return 16 + 11 * (into.get(e.target) % 4); };
   return [
     ...data.rows.map((r) => ({ group: "nodes", data: { id: "row " + r.label, label: r.label },
       position: { x: r.x, y: r.y }, classes: "row", selectable: false, grabbable: false })),
     ...data.nodes.map((n) => ({ group: "nodes", position: { x: n.x, y: n.y },
       data: { id: n.id, label: n.label, ...(n.picture && { picture: n.picture }), ...(n.count && { count: n.count }) } })),
     ...data.edges.map((e) => ({ group: "edges", data: { id: e.id, source: e.source, target: e.target,
-      width: e.width, sum: e.sum, arrow: few } })),
+      width: e.width, sum: e.sum, arrow: few, ...(e.way && { way: e.way, at: at(e) }) } })),
   ];
 }
 

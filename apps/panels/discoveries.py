@@ -67,6 +67,13 @@ def alternatives_panel(found: Discovery) -> None:
 def edges_panel(found: Discovery) -> None:
     """The edges with the largest scores."""
     st.subheader("Edges by score")
+    st.caption(
+        plain(
+            "An edge is written SOURCE -> TARGET. In a transformer 0.3 -> 1.0.k is what head 3 of layer 0 adds to the "
+            "keys (q: queries, v: values) of head 0 of layer 1, mlp:0 an MLP, token and position embeddings, logits "
+            "the output, and @1-4 the positions at which it is read; elsewhere parts are channels, SITE:INDEX."
+        )
+    )
     _parts(found.scores.tables(TOP))
 
 
@@ -99,7 +106,7 @@ def keep_panel(
         n = len(found.evaluation.edges)
         _saves(f"Save the circuit of {n:d} edges, open it", record, lambda: found.circuit, "own")
         if size is not None:
-            graph = cached.edges_of(model, how.sites)
+            graph = cached.edges_of(model, how.parts, task)
             _saves(
                 f"Save the strongest {size:d}, open them",
                 record,

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.grains import Grain
-from circuits.cli.signatures import Within, argument, command, option
+from circuits.cli.signatures import Within, argument, command, not_empty, option
 from circuits.discovery.comparing import compare_circuits
 from circuits.discovery.contrasts import contrast
 from circuits.discovery.evaluating import evaluate as evaluated
@@ -38,6 +39,7 @@ from circuits.graph.circuit import CircuitGraph
 from circuits.graph.saved import load_circuit, save_circuit
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.randomizing import randomized
+from circuits.progress import begun_later
 from circuits.tasks import Task
 from circuits.workspace import Workspace
 
@@ -121,10 +123,16 @@ def discover(
         "How many further circuits to look for that are as good and share as few edges as possible.",
         check=Within(0, 20),
     )] = 0,
-    save: Annotated[str, option("Save the circuit under this name; work that is stopped then goes on later.")] = "",
-    scores: Annotated[str, option(
-        "Write the scores of all edges, and which are in the circuit, to this .json or .pt file, as MIB and EAP-IG do."
-    )] = "",
+    pruning_steps: Annotated[int | None, option(
+        "With --search pruning: how often the mask is changed. By default 300.", check=Within(1)
+    )] = None,
+    save: Annotated[str | None, option(
+        "Save the circuit under this name; work that is stopped then goes on later.", check=not_empty
+    )] = None,
+    scores: Annotated[str | None, option(
+        "Write the scores of all edges, and which are in the circuit, to this .json or .pt file, as MIB and EAP-IG do.",
+        check=not_empty,
+    )] = None,
     note: options.Note = "",
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
@@ -142,7 +150,8 @@ def discover(
     settings: dict[str, Any] = {
         "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
         "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "check_on": check_on,
-        "n_random": random, "n_curves": rankings, "pairs": pairs, "alternatives": alternatives,
+        "pruning_steps": pruning_steps, "n_random": random, "n_curves": rankings, "pairs": pairs,
+        "alternatives": alternatives,
     }  # fmt: skip
     keep = make_now
     if save:
@@ -166,23 +175,25 @@ def discover(
             truth=right,
             **settings,
         )
-        null = None
-        if shuffled:
-            less: dict[str, Any] = settings | {"alternatives": 0, "pairs": 0}
-            less["stage"] = lambda name: stage(f"{name}, shuffled weights")
-            twin = randomized(loaded, seed)
-            null = found_circuit(
-                grain.graph(twin, other_asked := task.compile(twin, seed)), other_asked, method,
-                seed=seed, **less,
-            )  # fmt: skip
     if scores:
         write_edges(scores, graph, found.scores.mean, graph.mask(edges_of(found.circuit)))
     if save:
         save_circuit(place.database, save, found.circuit, note)
         model.register(loaded)
-    shown = found if null is None else BesideShuffled(found, null)
-    output.show(shown, shown.tables(top))
     output.draw(lambda figures: figures.faithfulness_figure(found.evaluation))
+    if not shuffled:
+        output.show(found, found.tables(top))
+        return
+    # Before the second search, which takes as long as the first.
+    output.show_parts(found.tables(top))
+    less: dict[str, Any] = settings | {"alternatives": 0, "pairs": 0}
+    twin = randomized(loaded, seed)
+    with output.stages() as stage:
+        less["stage"] = lambda name: stage(f"{name}, shuffled weights")
+        again = task.compile(twin, seed)
+        null = found_circuit(grain.graph(twin, again), again, method, seed=seed, **less)
+    both = BesideShuffled(found, null)
+    output.show(both, both.compared())
 
 
 def _keep(place: Workspace, model: HookedModel, task: Task, settings: Mapping[str, Any]) -> Keep:
@@ -241,7 +252,10 @@ def evaluate(
         check_not_found_on(saved, asked.test)
         kept, scores = graph.mask(edges_of(saved)), None
     masks = _masks(graph, more)
-    with output.progress("evaluation") as progress:
+    with output.stages() as stage:
+        learning, progress = (
+            begun_later(partial(stage, name)) for name in ("optimal constants", "evaluation")
+        )
         made = evaluated(
             graph,
             asked.test,
@@ -254,6 +268,7 @@ def evaluate(
             n_random=random,
             seed=seed,
             progress=progress,
+            learning=learning,
         )
     output.show(made, made.tables(top))
     output.draw(lambda figures: figures.faithfulness_figure(made))

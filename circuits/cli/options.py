@@ -28,7 +28,7 @@ from circuits.stimuli.images import read_image
 from circuits.stimuli.sources import Source, open_source
 from circuits.tables import Table
 from circuits.tasks import Task
-from circuits.tasks.builtin import STATED, load_task, named_metric, with_counterparts
+from circuits.tasks.builtin import STATED, load_task, named_metric, paired_with, with_counterparts
 from circuits.tasks.contrasts import class_against_class, most_active
 from circuits.tasks.images import Kind
 from circuits.workspace import ModelRecord, Workspace
@@ -417,6 +417,10 @@ class CounterpartTask(PairsTask):
         "blurred, in grey, turned by 180 degrees, or with its middle taken from the next image."
     )] = None  # fmt: skip
 
+    counterparts: Annotated[str, option(
+        "For the images of --data: where the counterpart of each one is, under the same name: folder:PATH."
+    )] = ""  # fmt: skip
+
     labels: Labels = ""
     one_class: Annotated[str, option(
         "With --other-class: a class (or several, NAME|NAME; FIRST-LAST for outputs by number). Images of --data that "
@@ -437,6 +441,12 @@ class CounterpartTask(PairsTask):
         task = super().compile(model, seed)
         if self.most_active is not None:
             task = most_active(task, self.most_active)
+        if self.counterparts:
+            if self.counterpart is not None:
+                raise ValueError(
+                    f"--counterparts {self.counterparts!r} does not go with --counterpart {self.counterpart}"
+                )
+            return paired_with(task, self.counterparts)
         return task if self.counterpart is None else with_counterparts(task, self.counterpart, seed)
 
     def _asked(self, model: HookedModel, source: Source | None) -> dict[str, Any]:
@@ -449,7 +459,7 @@ class CounterpartTask(PairsTask):
                 f"--class {self.one_class!r}, --other-class {self.other_class!r}: expected both classes, and --data "
                 "with images of them"
             )
-        for name in ("task", "text", "counterpart", "most_active"):
+        for name in ("task", "text", "counterpart", "counterparts", "most_active"):
             if getattr(self, name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} {getattr(self, name)!r} does not go with --class and --other-class"
@@ -550,7 +560,11 @@ class Output:
         if self.json:
             show_json(_plain(facts))
             return
-        for part in parts:
+        self.show_parts(parts)
+
+    def show_parts(self, parts: Iterable[Table | str]) -> None:
+        """Print tables and lines, of which JSON has a part at the end: nothing yet if that is wanted."""
+        for part in () if self.json else parts:
             if isinstance(part, str):
                 say(part)
             else:

@@ -85,7 +85,7 @@ def show_table(table: Table) -> None:
 def _cell(value: object) -> str:
     """A value as text; NaN stands for what does not exist, such as a p without random edits, and is no number."""
     if isinstance(value, float):
-        return "–" if isnan(value) else f"{value:.4g}"
+        return "–" if isnan(value) else f"{value + 0.0:.4g}"  # no -0
     return _words(str(value), keep="")
 
 

@@ -45,6 +45,13 @@ class Within:
         return value
 
 
+def not_empty(value: str | None) -> str | None:
+    """A check of a text: an empty one, such as that of a variable that is not set, is not the same as none."""
+    if value is not None and not value.strip():
+        raise typer.BadParameter("expected a text that is not empty")
+    return value
+
+
 def argument(help: str, metavar: str | None = None, check: Within | None = None) -> Any:
     """An argument, for `Annotated`."""
     return typer.Argument(help=help, metavar=metavar, callback=check)

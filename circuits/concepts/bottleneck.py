@@ -150,7 +150,7 @@ class Bottleneck:
         """The accuracy on examples, compared with shuffled labels and the most frequent class."""
         own = np.asarray(labels)
         right = (self.predict(units) == own).astype(float)
-        low, high = interval(right, seed=seed)
+        low, high = interval(right, seed=seed, within=(0, 1))
         # The null's classifier was fitted to shuffled labels of the training examples: what this number of weights
         # reaches without a connection.
         chance = ((units @ self.null[0].T + self.null[1]).argmax(1) == own).mean()

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.runs import Runs
 from circuits.discovery.scoring import exact
-from circuits.experiments.statistics import Interval, percentiles, resampled
+from circuits.experiments.statistics import Interval, mean_ps, percentiles
 from circuits.files import finite
 from circuits.progress import Progress
 
@@ -28,8 +28,14 @@ CORRELATION = 0.9
 SIGNS = 0.9
 """The share of equal signs below which scores count as unreliable."""
 
+NOISE = 0.05
+"""The p-value, not corrected, below which an edge counts as above the noise: as many of those without effect do."""
+
 _FEWEST = 5
 """With edges above the noise that are worth fewer than this, nothing is said of agreement."""
+
+_OVER_CHANCE = 2
+"""With at most this many times as many edges above the noise as are expected by chance, nothing is said either."""
 
 _LEAST = 3
 """With fewer edges above the noise no correlation is computed."""
@@ -47,6 +53,7 @@ class Agreement:
     Attributes:
         direction: `noising` or `denoising`; a denoising effect has the opposite sign of the score that it agrees with.
         n: the number of edges in the sample whose exact effect can be told from 0.
+        by_chance: how many would if none had one, at most; NaN for one independent example.
         effective: what they are worth as a sample of all such edges: a few that stand for many count little more than
             one (Kish 1965: the square of the sum of weights over the sum of their squares).
         spearman: the rank correlation among these, each weighted by how rarely its like was drawn.
@@ -58,12 +65,23 @@ class Agreement:
 
     direction: str
     n: int
+    by_chance: float
     effective: float
     spearman: Interval
     signs: Interval
     overlap: float
     largest: int
     saturated: float
+
+    @property
+    def known(self) -> bool:
+        """Whether enough edges are above the noise to say something of all, and more than chance explains."""
+        return self.effective >= _FEWEST and not self.n <= _OVER_CHANCE * self.by_chance
+
+    @property
+    def chance(self) -> str:
+        """How many edges chance explains, in words."""
+        return "" if np.isnan(self.by_chance) else f", {self.by_chance:.2g} expected by chance"
 
 
 @dataclass(frozen=True)
@@ -102,13 +120,13 @@ class Checked:
             if found.n < _FEWEST:
                 yield (
                     f"agreement with exact {way}: {found.n} of {len(self.sampled)} edges have an effect "
-                    "that can be told from 0"
+                    f"that can be told from 0{found.chance}"
                 )
                 continue
             r, s = found.spearman, found.signs
             yield (
-                f"agreement with exact {way} on {len(self.sampled)} edges ({found.n} above the noise, worth "
-                f"{found.effective:.2g} drawn evenly): "
+                f"agreement with exact {way} on {len(self.sampled)} edges ({found.n} above the "
+                f"noise{found.chance}, worth {found.effective:.2g} drawn evenly): "
                 f"Spearman {r.value:.2f} ({r.low:.2f} to {r.high:.2f}), same sign {s.value:.0%} ({s.low:.0%} to "
                 f"{s.high:.0%}), {found.overlap:.0%} of the {found.largest} largest in common"
             )
@@ -119,10 +137,10 @@ class Checked:
         """Whether the scores can be trusted, in words."""
         if self.causes:
             return f"unreliable here: {'; '.join(self.causes)}"
-        if self.noising.effective < _FEWEST:
+        if not self.noising.known:
             return (
                 f"cannot be judged: the edges of the sample with an effect that can be told from 0 are worth fewer "
-                f"than {_FEWEST} drawn evenly; take more examples, or check more edges"
+                f"than {_FEWEST} drawn evenly, or hardly more than by chance; take more examples, or check more edges"
             )
         return "nothing speaks against these scores"
 
@@ -212,14 +230,14 @@ def _compared(
     seed: int,
 ) -> Agreement:
     mean = effects.mean(0) if way == "noising" else -effects.mean(0)
-    clear = _clear(effects, clusters, seed)
+    clear, by_chance = _clear(effects, clusters)
     effective = (
         float(weights[clear].sum() ** 2 / (weights[clear] ** 2).sum()) if clear.any() else 0.0
     )
     if clear.sum() < _LEAST:
         none = Interval(float("nan"), float("nan"), float("nan"))
         return Agreement(
-            way, int(clear.sum()), effective, none, none, float("nan"), 0, float("nan")
+            way, int(clear.sum()), by_chance, effective, none, none, float("nan"), 0, float("nan")
         )
     a, b, w = own[clear], mean[clear], weights[clear]
     same = np.sign(a) == np.sign(b)
@@ -230,21 +248,24 @@ def _compared(
     k = min(_TOP, int(clear.sum()))
     top = [set(np.argsort(-np.abs(x), kind="stable")[:k].tolist()) for x in (own, mean)]
     return Agreement(
-        way, int(clear.sum()), effective, Interval(_spearman(a, b, w), *percentiles(ranks[np.isfinite(ranks)])),
+        way, int(clear.sum()), by_chance, effective,
+        Interval(_spearman(a, b, w), *percentiles(ranks[np.isfinite(ranks)])),
         Interval(float(np.average(same, weights=w)), *percentiles(signs)), len(top[0] & top[1]) / k, k,
         float((np.abs(a) < _FLAT * np.abs(b)).mean()),
     )  # fmt: skip
 
 
 def _clear(
-    effects: Float[np.ndarray, "example edge"], clusters: tuple[int, ...], seed: int
-) -> Bool[np.ndarray, " edge"]:
-    """The edges whose exact effect can be told from 0: those whose 95 % interval does not hold it."""
-    drawn = resampled(effects.T, clusters=clusters, seed=seed)
-    if np.isnan(drawn).any():  # one example: any effect is clear
-        return effects.mean(0) != 0
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    return (low > 0) | (high < 0)
+    effects: Float[np.ndarray, "example edge"], clusters: tuple[int, ...]
+) -> tuple[Bool[np.ndarray, " edge"], float]:
+    """The edges whose exact effect can be told from 0 by a t-test, and how many can by chance, at most.
+
+    One by one, not corrected for their number: with few examples a correction leaves hardly an edge to compare.
+    """
+    ps = mean_ps(effects.T, clusters)
+    if np.isnan(ps).any():  # one example: any effect is clear
+        return effects.mean(0) != 0, float("nan")
+    return ps <= NOISE, NOISE * int(effects.any(0).sum())
 
 
 def _spearman(
@@ -272,7 +293,7 @@ def _causes(scores: EdgeScores, found: dict[str, Agreement], both: float) -> Ite
     if scores.method != "exact" and not scores.completeness <= RESIDUAL:
         yield f"the completeness residual is {scores.completeness:.2g} (expected at most {RESIDUAL})"
     for way, agreement in found.items():
-        if agreement.effective < _FEWEST:
+        if not agreement.known:
             continue
         r, signs = agreement.spearman.value, agreement.signs.value
         if r < CORRELATION:
@@ -282,7 +303,7 @@ def _causes(scores: EdgeScores, found: dict[str, Agreement], both: float) -> Ite
     saturated = found["noising"].saturated
     if saturated > 0.05:
         yield f"{saturated:.0%} of the edges are saturated: their score is nearly 0, their exact effect is not"
-    if both < CORRELATION and all(a.effective >= _FEWEST for a in found.values()):
+    if both < CORRELATION and all(a.known for a in found.values()):
         yield (
             f"noising and denoising disagree (rank correlation {both:.2f}): parts are redundant, or work only together"
         )

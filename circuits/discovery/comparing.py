@@ -71,6 +71,12 @@ class Comparison:
 
     def tables(self, top: int) -> Iterator[Table | str]:
         """How much they share, and which edges only one has."""
+        if not (self.only_first or self.only_second):
+            yield (
+                f"the same circuit: all {len(self.both)} edges are in both, nothing differs: Jaccard 1 (by chance "
+                f"{self.by_chance:.2f})"
+            )
+            return
         yield (
             f"{len(self.both)} edges in both, {len(self.only_first)} only in the first, {len(self.only_second)} only "
             f"in the second: Jaccard {self.jaccard:.2f} (by chance {self.by_chance:.2f})"

@@ -18,7 +18,7 @@ from scipy.stats import rankdata
 
 from circuits.discovery.comparing import chance_jaccard, shared
 from circuits.discovery.results import EdgeScores, ranked
-from circuits.experiments.statistics import Interval, percentiles, totals
+from circuits.experiments.statistics import Interval, ends, totals
 from circuits.files import finite
 from circuits.tables import Table, between
 
@@ -187,7 +187,8 @@ def _side(scores: EdgeScores, name: str) -> _Side:
             f"{name}: one independent example says nothing about chance; expected 2 or more"
         )
     drawn = np.random.default_rng(scores.record.seed).multinomial(n, np.full(n, 1 / n), DRAWS)
-    low, high = percentiles((drawn @ sums[-1]) / (drawn @ counts))
+    own = Interval.of(float(change.mean()), (drawn @ sums[-1]) / (drawn @ counts), n)
+    low, high = own.low, own.high
     if low <= 0 <= high:
         raise ValueError(
             f"{name}: removing every edge moves {scores.metric} by {change.mean():.3g} (95 % interval "
@@ -205,7 +206,7 @@ def _changes(names: list[str], one: _Side, other: _Side, paired: bool, seed: int
         for n in (len(one.effect), len(other.effect))
     ]
     resampled = other.shares(drawn[0 if paired else 1]) - one.shares(drawn[0])
-    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    low, high = ends(difference, resampled, min(len(one.effect), len(other.effect)))
     ps = (_swapped if paired else _dealt)(one.parts, other.parts, rng)
     return tuple(
         Change(

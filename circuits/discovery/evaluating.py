@@ -29,7 +29,7 @@ from circuits.examples import BATCH
 from circuits.experiments import N_RANDOM
 from circuits.experiments.outcomes import Record
 from circuits.experiments.running import MEMORY
-from circuits.experiments.statistics import Interval, least_p, percentiles, resampled
+from circuits.experiments.statistics import Interval, least_p, n_clusters, resampled
 from circuits.files import Keep, finite, make_now
 from circuits.progress import Progress
 from circuits.tables import Table, between, spread
@@ -91,7 +91,7 @@ def faithfulness_of(
     own, none, whole = rows.mean(1)
     drawn = resampled(rows, clusters=clusters, seed=seed).T
     ratios = (drawn[0] - drawn[1]) / (drawn[2] - drawn[1])
-    return Interval(float((own - none) / (whole - none)), *percentiles(ratios))
+    return Interval.of(float((own - none) / (whole - none)), ratios, n_clusters(clusters))
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,8 +181,8 @@ class Evaluation:
         if self.defined:
             return ""
         return (
-            f"faithfulness is undefined: removing every edge moves {self.metric} by {-self.effect.value:.3g} (95 % "
-            f"interval {between(-self.effect.high, -self.effect.low)}), which cannot be told from 0"
+            f"faithfulness is undefined: removing every edge moves {self.metric} by {0.0 - self.effect.value:.3g} (95 "
+            f"% interval {between(-self.effect.high, -self.effect.low)}), which cannot be told from 0"
         )
 
     def ratio(self, values: Float[np.ndarray, " example"]) -> Interval:
@@ -373,7 +373,7 @@ def _effect(
 ) -> Interval:  # fmt: skip
     change = (full - empty)[None]
     drawn = resampled(change, clusters=clusters, seed=seed)
-    return Interval(float(change.mean()), *percentiles(drawn[:, 0]))
+    return Interval.of(float(change.mean()), drawn[:, 0], n_clusters(clusters))
 
 
 def _is_clear(effect: Interval) -> bool:
@@ -466,6 +466,7 @@ def evaluate(
     memory: int = MEMORY,
     seed: int = 0,
     progress: Progress | None = None,
+    learning: Progress | None = None,
     keep: Keep = make_now,
 ) -> Evaluation:
     """Evaluate a circuit on a task.
@@ -486,6 +487,7 @@ def evaluate(
         memory: a rough limit for one pass, in bytes.
         seed: of random circuits and intervals.
         progress: called with the work done and the total.
+        learning: called with the steps done and their number while constants are learned, before everything else.
         keep: keeps the numbers of each batch, so that work which is stopped goes on.
 
     Raises:
@@ -507,7 +509,7 @@ def evaluate(
             raise ValueError(
                 "ablation optimal: constants are learned on the find half and none was given; expected find=task.find"
             )
-        learned = learn_constants(graph, find, kept, batch=batch, memory=memory)
+        learned = learn_constants(graph, find, kept, batch=batch, memory=memory, progress=learning)
         settings["constants"] = learned
     runs = Runs(graph, task, **settings)
     if not _has_effect(runs, seed):  # without an effect there is nothing to compare

@@ -28,7 +28,7 @@ from circuits.experiments import N_RANDOM
 from circuits.experiments.patched_runs import Direction
 from circuits.experiments.running import MEMORY
 from circuits.files import Keep, make_now, part_of
-from circuits.progress import Progress
+from circuits.progress import Progress, begun_later
 from circuits.tasks.task import Task
 
 SIZE = 50
@@ -61,6 +61,7 @@ def discover(
     shift: int = 0,
     check: int | None = None,
     check_on: CheckOn = "find",
+    pruning_steps: int | None = None,
     n_random: int = N_RANDOM,
     n_curves: int = 10,
     pairs: int = 0,
@@ -93,6 +94,7 @@ def discover(
         shift: see `score_edges`.
         check: how many edges are patched exactly to check approximate scores; 60 if None, none if 0.
         check_on: the half of the examples on which they are patched.
+        pruning_steps: of the search `pruning`: how often its mask is changed; 300 if None.
         n_random: how many random circuits the circuit is compared with.
         n_curves: how many random rankings its curve is compared with.
         pairs: how many of the strongest edges are patched two at a time (`pair_edges`); 0 for none, at least 2.
@@ -117,6 +119,10 @@ def discover(
         seed=seed,
         check=check or 0,
     )
+    if pruning_steps is not None and search != "pruning":
+        raise ValueError(
+            f"pruning_steps {pruning_steps} belong to the search pruning, not to {search}"
+        )
     if pairs == 1:
         raise ValueError("pairs 1: expected at least 2 edges to pair, or 0 for none")
     if memory < 1:
@@ -128,7 +134,8 @@ def discover(
     work = _Finding(
         graph, task.find, task.test, method, search, size or usual_size(graph), threshold, ranking,
         {"direction": direction, "steps": steps, "rule": rule}, ablation,
-        {"shift": shift, "batch": batch, "memory": memory}, seed, stage, keep,
+        {"shift": shift, "batch": batch, "memory": memory}, {} if pruning_steps is None else {"steps": pruning_steps},
+        seed, stage, keep,
     )  # fmt: skip
     scores = work.scores
     checked = work.checked(check, check_on)
@@ -156,6 +163,7 @@ class _Finding:
         size: how many edges to keep.
         scoring: more arguments of `score_edges`, of methods.
         running: those of `Runs`, besides the ablation.
+        pruning: those of `prune`.
     """
 
     graph: EdgeGraph
@@ -169,6 +177,7 @@ class _Finding:
     scoring: dict[str, Any]
     ablation: Ablation
     running: dict[str, Any]
+    pruning: dict[str, Any]
     seed: int
     stage: Stage
     keep: Keep
@@ -231,7 +240,7 @@ class _Finding:
             smaller = self.settings | {"batch": min(self.running["batch"], PART)}
             kept = prune(
                 Runs(self.graph, self.find, **smaller), self.size, optimal=self.ablation == "optimal", seed=self.seed,
-                progress=self.stage("search"), keep=keep,
+                progress=self.stage("search"), keep=keep, **self.pruning,
             )  # fmt: skip
         else:
             kept = self.pick(self.worth)
@@ -280,9 +289,12 @@ class _Finding:
     ) -> Evaluation:
         """How good the circuit is on the `test` half."""
         settings: dict[str, Any] = self.settings | {"ablation": self.ablation}
+        learning, told = (
+            begun_later(partial(self.stage, name)) for name in ("optimal constants", "evaluation")
+        )
         return evaluate(
             self.graph, self.test, kept, scores=self.scores, ranking=self.ranking, find=self.find, others=others,
-            n_random=n_random, n_curves=n_curves, progress=self.stage("evaluation"),
+            n_random=n_random, n_curves=n_curves, progress=told, learning=learning,
             keep=part_of(self.keep, "evaluation"), **settings,
         )  # fmt: skip
 

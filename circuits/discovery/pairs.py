@@ -31,7 +31,7 @@ from circuits.examples import BATCH
 from circuits.experiments.outcomes import Record
 from circuits.experiments.patched_runs import Direction
 from circuits.experiments.running import MEMORY
-from circuits.experiments.statistics import Interval, percentiles, resampled
+from circuits.experiments.statistics import Interval, n_clusters, resampled
 from circuits.files import Keep, finite, make_now
 from circuits.progress import Progress
 from circuits.tables import Table, between
@@ -435,7 +435,7 @@ class _Measured:
         )
         over = both - first - second
         drawn = resampled(over[None], clusters=self.clusters, seed=self.seed)
-        interval = Interval(float(over.mean()), *percentiles(drawn[:, 0]))
+        interval = Interval.of(float(over.mean()), drawn[:, 0], n_clusters(self.clusters))
         return Effects(first, second, both, interval)
 
     def _growth(self, a: int, b: int) -> Growth | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,9 +109,9 @@ def prune(
     state = _Pruning(runs, n, steps, optimal, seed)
     number = 0
     while state.done < steps:
-        state.restore(keep(f"pruning {number}", state.advanced))
+        state.restore(keep(f"pruning {number}", partial(state.advanced, progress)))
         number += 1
-        if progress is not None:
+        if progress is not None:  # what was kept is done at once
             progress(state.done, steps)
     return strongest_connected(runs.graph, state.a.detach().double().numpy(), n)
 
@@ -160,13 +161,15 @@ class _Pruning:
         )
 
     @recording_gradients()
-    def advanced(self) -> dict[str, Any]:
-        """Go over the examples until enough steps are done, and return the state."""
+    def advanced(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Go over the examples until enough steps are done, and return the state; progress is told of each step."""
         stop = min(self.steps, self.done + _CHUNK)
         while self.done < stop:
             for pair in self.runs.pairs():
                 if self.done < self.steps:
                     self._step(pair)
+                    if progress is not None:
+                        progress(self.done, self.steps)
         return self.state()
 
     def _step(self, pair: Pair) -> None:

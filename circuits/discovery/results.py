@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from circuits.discovery.graphs import Edge
 from circuits.experiments.outcomes import Record
-from circuits.experiments.statistics import Interval, percentiles, resampled
+from circuits.experiments.statistics import Interval, n_clusters, resampled
 from circuits.files import finite
 from circuits.tables import Table, between
 
@@ -128,11 +128,11 @@ class EdgeScores:
         return abs(made - whole) / abs(whole) if whole else float("nan")
 
     def intervals(self, edges: np.ndarray) -> list[Interval]:
-        """The mean scores of some edges with 95 % intervals (bootstrap over clusters of examples)."""
+        """The mean scores of some edges with 95 % intervals (over clusters of examples)."""
         values = self.values[:, edges].T
         drawn = resampled(values, clusters=self.clusters, seed=self.record.seed)
         return [
-            Interval(mean, *percentiles(drawn[:, i]))
+            Interval.of(mean, drawn[:, i], n_clusters(self.clusters))
             for i, mean in enumerate(values.mean(1, dtype=np.float64).tolist())
         ]
 

@@ -11,7 +11,7 @@ import numpy as np
 from circuits.discovery.found import Discovery
 from circuits.discovery.results import ranked
 from circuits.files import finite
-from circuits.tables import Table, between
+from circuits.tables import Table, with_interval
 
 Row = tuple[str, float | str, float | str]
 
@@ -36,6 +36,10 @@ class BesideShuffled:
     def tables(self, top: int) -> Iterator[Table | str]:
         """What was found, and a table of both."""
         yield from self.found.tables(top)
+        yield from self.compared()
+
+    def compared(self) -> Iterator[Table | str]:
+        """The table of both."""
         name = self.shuffled.scores.record.model
         yield Table(("what", "model", "shuffled weights"), self._rows(), f"the model and {name}")
         if not self.shuffled.evaluation.defined:
@@ -65,9 +69,9 @@ def _facts(found: Discovery) -> Iterator[tuple[str, float | str]]:
             agreed = getattr(found.checked, way)
             if agreed is not None:
                 r = agreed.spearman
-                yield f"Spearman with exact {way}", f"{r.value:.2f} ({between(r.low, r.high)})"
+                yield f"Spearman with exact {way}", with_interval(r.value, r.low, r.high)
     f = made.faithfulness
-    yield "faithfulness of the circuit", f"{f.value:.2f} ({between(f.low, f.high)})"
+    yield "faithfulness of the circuit", with_interval(f.value, f.low, f.high)
     yield (
         "smallest size with f >= 0.9",
         made.smallest if made.smallest is not None and made.defined else float("nan"),

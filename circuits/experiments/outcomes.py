@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from circuits.experiments.statistics import interval, least_p, p_value, resampled
+from circuits.experiments.statistics import interval, least_p, n_clusters, p_value, resampled
 from circuits.experiments.variants import INTACT
 from circuits.files import finite
 from circuits.models.adapter.hooked_model import HookedModel
@@ -220,6 +220,11 @@ class Outcomes:
             values=dict(self.values) | {metric.name: values},
         )
 
+    def n_clusters(self, measure: str) -> int:
+        """The number of independent examples that have a measure."""
+        known = ~np.isnan(self.values[measure][0])
+        return n_clusters(np.array(self.clusters)[known].tolist())
+
     def resampled(
         self, measure: str, variants: Sequence[str], over: Over = "examples"
     ) -> Float[np.ndarray, "resample variant"]:
@@ -271,5 +276,5 @@ def effect_of(
     return Effect(
         metric.name, metric.unit, before, before + mean, mean, low, high, beside, null_is,
         p_value(mean, beside), least_p(len(beside)) if beside else nan, len(own),
-        len(own) if clusters is None else len(set(clusters)), over,
+        len(own) if clusters is None else n_clusters(clusters), over,
     )  # fmt: skip

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats
 
 RESAMPLES = 1000
 LEVEL = 0.95
+
+UNBOUNDED = (-np.inf, np.inf)
 
 Correction = Literal["holm", "benjamini-hochberg"]
 """Holm (1979) controls the chance of any false positive, Benjamini and Hochberg (1995) the share of false positives."""
@@ -40,6 +42,72 @@ class Interval:
     value: float
     low: float
     high: float
+
+    @classmethod
+    def of(
+        cls,
+        value: float,
+        drawn: Float[np.ndarray, " resample"],
+        n: int,
+        within: tuple[float, float] = UNBOUNDED,
+    ) -> Interval:
+        """A number with the interval that resamples of n clusters give it, see `ends`."""
+        low, high = ends(np.array([value], float), drawn[:, None], n, within=within)
+        return cls(value, float(low[0]), float(high[0]))
+
+
+def expansion(n: Int[np.ndarray, "*row"], level: float = LEVEL) -> Float[np.ndarray, "*row"]:
+    """By how much intervals of a bootstrap over n clusters are too short: t sqrt(n / (n - 1)) / z.
+
+    Resamples of n clusters vary as if the variance were divided by n instead of n - 1, and their percentiles take the
+    spread for known: a quantile z of the normal distribution, not t of Student's with n - 1 degrees of freedom
+    (Hesterberg 2015, "What teachers should know about the bootstrap", section 5.3). NaN below two clusters.
+
+    >>> expansion(np.array([2, 4, 10, 100])).round(2).tolist()
+    [9.17, 1.87, 1.22, 1.02]
+    """
+    quantile, some = (1 + level) / 2, np.where(n < 2, np.nan, n)
+    wide = stats.t.ppf(quantile, some - 1) / stats.norm.ppf(quantile) * np.sqrt(some / (some - 1))
+    return np.asarray(wide)
+
+
+def ends(
+    values: Float[np.ndarray, " row"],
+    drawn: Float[np.ndarray, "resample row"],
+    n: Int[np.ndarray, " row"] | int,
+    level: float = LEVEL,
+    within: tuple[float, float] = UNBOUNDED,
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    """Both ends of intervals, by the expanded percentile bootstrap: the distances of percentiles from the value, times
+    `expansion`.
+
+    Hesterberg (2015) takes percentiles further out; of few clusters there are none. Ratios of means of 4, 6, 10 and 30
+    skewed clusters lie in 91 to 94 % of such 95 % intervals, those of normal ones in 95 %; in 79, 83, 88 and 92 % of
+    the intervals between percentiles alone.
+
+    Args:
+        values: the sample's own values.
+        drawn: those of resamples; what is NaN says nothing.
+        n: the number of clusters that were resampled, or that each row has.
+        level: the intended share of such intervals that hold the true value, in 0..1.
+        within: the least and the largest possible value, where intervals end: expanded ones may go beyond.
+
+    Returns:
+        Lower and upper ends; NaN where nothing is known of the spread.
+    """
+    found = np.full((2, len(values)), np.nan)
+    wide = expansion(np.broadcast_to(n, values.shape), level)
+    known = ~np.isnan(drawn).all(0) & ~np.isnan(wide)
+    if known.any():
+        some = np.nanquantile(drawn[:, known], [(1 - level) / 2, (1 + level) / 2], axis=0)
+        found[:, known] = values[known] + wide[known] * (some - values[known])
+    low, high = np.clip(found, *within)
+    return low, high
+
+
+def n_clusters(clusters: Sequence[int]) -> int:
+    """The number of independent clusters among examples."""
+    return len(set(clusters))
 
 
 def totals(
@@ -70,8 +138,9 @@ def interval(
     seed: int = 0,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
+    within: tuple[float, float] = UNBOUNDED,
 ) -> tuple[float, float]:
-    """An interval for the mean, by the percentile bootstrap over clusters (Efron and Tibshirani 1993, chapter 13).
+    """An interval for the mean, by the expanded percentile bootstrap over clusters (see `ends`).
 
     Args:
         values: one value for each example.
@@ -81,6 +150,7 @@ def interval(
         seed: seed of the resamples.
         level: the intended share of such intervals that contain the mean, in 0..1.
         resamples: the number of resamples.
+        within: the least and the largest possible mean.
 
     Returns:
         The ends of the interval; NaN with fewer than two clusters, which say nothing about the spread.
@@ -95,8 +165,10 @@ def interval(
     found = stats.bootstrap(
         (sums, counts), lambda s, c, axis=-1: s.sum(axis) / c.sum(axis), paired=True, vectorized=True,
         method="percentile", confidence_level=level, n_resamples=resamples, rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
+    ).bootstrap_distribution  # fmt: skip
+    value = np.array([sums.sum() / counts.sum()])
+    low, high = ends(value, found[:, None], len(counts), level, within)
+    return float(low[0]), float(high[0])
 
 
 def resampled(
@@ -226,6 +298,33 @@ def paired_ps(
         at_least += (np.abs(signs[start : start + _SIGNS_AT_ONCE] @ sums.T) >= observed).sum(0)
     p = at_least / len(signs) if exact else (1 + at_least) / (1 + resamples)
     return np.where(np.isnan(rows).all(-1), np.nan, p)
+
+
+def mean_ps(
+    values: Float[np.ndarray, "row example"], clusters: Sequence[int] | None = None
+) -> Float[np.ndarray, " row"]:
+    """Two-sided p-values of t-tests that means are 0, over clusters of examples.
+
+    The mean's standard error is that of a ratio of sums over clusters (linearised), with n - 1 degrees of freedom for n
+    clusters; of clusters of one size this is the t-test of their means.
+
+    Args:
+        values: one value for each example.
+        clusters: a number for each example; each is a cluster of its own if None.
+
+    Returns:
+        0 where all clusters have the same mean and it is not 0, 1 where it is; NaN with fewer than two clusters.
+    """
+    sums, counts = totals(np.asarray(values, float), None, clusters)
+    n, size = len(counts), counts.sum()
+    if n < 2:
+        return np.full(len(sums), np.nan)
+    mean = sums.sum(1) / size
+    left = sums - mean[:, None] * counts
+    error = np.sqrt(n / (n - 1) * (left**2).sum(1)) / size
+    # Where clusters differ by rounding alone, the error is rounding too.
+    t = np.divide(np.abs(mean), error, out=np.full(len(mean), np.inf), where=error > 0)
+    return np.where(mean == 0, 1.0, 2 * stats.t.sf(t, n - 1))
 
 
 def corrected(

@@ -12,7 +12,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.experiments import Record
-from circuits.experiments.statistics import LEVEL, Correction, corrected, paired_ps, resampled
+from circuits.experiments.statistics import (
+    Correction,
+    corrected,
+    ends,
+    n_clusters,
+    paired_ps,
+    resampled,
+)
 from circuits.files import finite
 from circuits.localization.cells import By
 from circuits.tables import Table, between
@@ -181,19 +188,20 @@ class PatchGrid:
     def _intervals(
         self, changes: Float[np.ndarray, "cell example"]
     ) -> tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " cell"]]:
-        """Percentiles of the cells' means over the same bootstrap resamples of clusters."""
+        """Intervals of the cells' means, over the same bootstrap resamples of clusters."""
         # Cells exist on different examples: both the sum of changes and the share of examples that have the cell are
         # resampled, and their ratio is the mean over these examples.
         nan = np.full(len(changes), np.nan)
-        if len(set(self.clusters)) < 2:
+        if n_clusters(self.clusters) < 2:
             return nan, nan
         known = ~np.isnan(changes)
         seed, clusters = self.record.seed, self.clusters
         sums = resampled(np.nan_to_num(changes), clusters=clusters, seed=seed)
         shares = resampled(known.astype(float), clusters=clusters, seed=seed)
         drawn = sums / np.where(shares > 0, shares, np.nan)
-        low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-        return low, high
+        # A cell's mean is of the clusters that have it.
+        having = np.array([n_clusters(np.array(clusters)[row].tolist()) for row in known])
+        return ends(means(changes), drawn, having)
 
     def _p_values(self, side: GridSide, correction: Correction) -> Float[np.ndarray, " cell"]:
         if not len(side.random):

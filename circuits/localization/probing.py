@@ -157,7 +157,7 @@ class _Rows:
         there = count > 0
         return interval(
             total[there] / count[there], weights=count[there].astype(float),
-            clusters=self.clusters[there].tolist(), seed=seed,
+            clusters=self.clusters[there].tolist(), seed=seed, within=(0, 1),
         )  # fmt: skip
 
 

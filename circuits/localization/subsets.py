@@ -16,7 +16,7 @@ from circuits.edits.activations import Set
 from circuits.examples import BATCH, Examples
 from circuits.experiments import INTACT, N_RANDOM, Outcomes, Record, Variant, run
 from circuits.experiments.ablation import replaced
-from circuits.experiments.statistics import least_p, p_value, percentiles
+from circuits.experiments.statistics import Interval, least_p, p_value
 from circuits.files import finite
 from circuits.means import activities, site_mean
 from circuits.models.adapter.hooked_model import HookedModel
@@ -220,15 +220,13 @@ def _report(
 
     whole, none, some = outcomes.resampled(metric, names).T
     spread = np.where(whole != none, whole - none, np.nan)
-    low, high = percentiles((some - none) / spread)
-    if len(set(outcomes.clusters)) < 2:
-        low = high = float("nan")
     null = tuple(share(outcomes.mean(metric, f"random {i + 1}")) for i in range(len(drawn)))
     null_is = f"{len(drawn)} sets of as many heads and sites, drawn at random" if drawn else "none"
     recovered, least = share(only), least_p(len(null)) if null else float("nan")
+    ends = Interval.of(recovered, (some - none) / spread, outcomes.n_clusters(metric))
     return Sufficiency(
-        written(units, places), tuple(s.name for s in places), how, metric, intact, nothing, only, recovered, low, high,
-        null, tuple(drawn), null_is, p_value(recovered, null, "greater"), least, len(outcomes),
+        written(units, places), tuple(s.name for s in places), how, metric, intact, nothing, only, recovered, ends.low,
+        ends.high, null, tuple(drawn), null_is, p_value(recovered, null, "greater"), least, len(outcomes),
         outcomes.record,
     )  # fmt: skip
 

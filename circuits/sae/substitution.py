@@ -16,7 +16,7 @@ from circuits.examples import BATCH, Examples, counted
 from circuits.experiments.ablation import Labels, as_task
 from circuits.experiments.outcomes import Effect, Outcomes, Record
 from circuits.experiments.running import run
-from circuits.experiments.statistics import percentiles
+from circuits.experiments.statistics import Interval
 from circuits.experiments.variants import INTACT, Context, Variant
 from circuits.files import finite
 from circuits.hooks import Change
@@ -228,7 +228,8 @@ def _recovered(outcomes: Outcomes, metric: Metric) -> Recovered:
     for base, what in ((2, "zero"), (3, "the mean")):
         with np.errstate(divide="ignore", invalid="ignore"):
             shares.append(float(_share(np.array(means), base)))
-            spread.append(percentiles(_share(drawn, base)))
+            ends = Interval.of(shares[-1], _share(drawn, base), outcomes.n_clusters(metric.name))
+            spread.append((ends.low, ends.high))
         damage = -(metric.better or 1) * (means[base] - means[0])
         if damage < _TINY.get(metric.unit, 0.0):
             small.append(f"{what} ({damage:.3g})")

@@ -175,6 +175,35 @@ def with_counterparts(task: Task, kind: Kind, seed: int = 0) -> Task:
     return replace(task_from_pairs(task.model, pairs, own), seed=task.seed)
 
 
+def paired_with(task: Task, source: str | Source) -> Task:
+    """A task of images with the images of the same names in another source as counterparts.
+
+    Args:
+        task: a task of images without counterparts.
+        source: where the counterparts are, such as `folder:PATH`.
+
+    Raises:
+        ValueError: if the task is of tokens or has counterparts, or an image has none of its name.
+    """
+    other = _opened(source)
+    if not isinstance(task.model.input, ImageInput):
+        raise ValueError(
+            f"counterparts {other.spec!r} are images: model {task.model.name} takes tokens"
+        )
+    if task.counterparts is not None:
+        raise ValueError(f"task {task.name} has counterparts of its own: leave out {other.spec!r}")
+    known = {name: i for i, name in enumerate(other.names)}
+    missing = [name for name in task.examples.names if name not in known]
+    if missing:
+        raise ValueError(
+            f"counterparts {other.spec!r} have no {missing[0]!r} (one of {len(missing)} that are missing): expected a "
+            f"file of the same name for each of the {len(task)} images"
+        )
+    among = [known[name] for name in task.examples.names]
+    made = Examples(task.model, other, None, among=among, how="given")
+    return replace(task, counterparts=made)
+
+
 def default_task_name(model: HookedModel) -> str:
     """The name of a model's default task; for an image model that is not built in, its own prediction.
 

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from circuits.checks import clipped
 from circuits.examples import BATCH, Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
@@ -182,6 +183,28 @@ class Task:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def __repr__(self) -> str:
+        """Counts, the metric and one example, in two lines."""
+        n, groups, spec = len(self), len(set(self.clusters)), self.model.input
+        of = f"{n} example{'s' * (n != 1)}" + (f" in {groups} groups" if groups != n else "")
+        half = "" if self.half == "all" else f", {self.half} half"
+        pairs = "no counterparts" if self.counterparts is None else "with counterparts"
+        unit = f" ({self.metric.unit})" if self.metric.unit else ""
+        first, shown = self.questions[0], [clipped(self.examples.names[0])]
+        if isinstance(spec, TokenInput):
+            both = [self.examples, *([] if self.counterparts is None else [self.counterparts])]
+            texts = [repr("".join(map(spec.word, some.tokens(0)))) for some in both]
+            shown = [" / ".join(map(clipped, texts))]
+        for name, words in (("answer", first.answers), ("against", first.against)):
+            if words and isinstance(spec, TokenInput):
+                said = "|".join("".join(map(spec.word, tokens)) for tokens in words)
+                shown.append(f"{name} {clipped(said)!r}")
+            elif words:
+                names = (self.model.classes[t] if self.model.classes else str(t) for t, *_ in words)
+                shown.append(f"{name} {clipped('|'.join(names))}")
+        head = f"Task {self.name!r} of {self.model.name}: {of}{half}, {pairs}, by {self.metric.name}{unit}"
+        return f"{head}\n  e.g. {'; '.join(shown)}"
 
     @property
     def model(self) -> HookedModel:

@@ -16,7 +16,7 @@ from circuits.examples import BATCH, Examples, as_examples
 from circuits.experiments.ablation import as_task
 from circuits.experiments.outcomes import Outcomes, Record
 from circuits.experiments.running import run
-from circuits.experiments.statistics import Interval, paired_p, percentiles
+from circuits.experiments.statistics import Interval, paired_p
 from circuits.experiments.variants import INTACT, Variant
 from circuits.files import Keep, finite, make_now
 from circuits.means import activities
@@ -231,7 +231,15 @@ def _conditions(
     zero_, drawn_zero = each.mean("kl", "zero"), drawn["kl"][each.variants.index("zero")]
     made = []
     for k, name in enumerate(each.variants):
-        found = {m: Interval(each.mean(m, name), *percentiles(drawn[m][k])) for m in each.values}
+        found = {
+            m: Interval.of(
+                each.mean(m, name),
+                drawn[m][k],
+                each.n_clusters(m),
+                (0, np.inf if m == "kl" else 1),
+            )
+            for m in each.values
+        }
         with np.errstate(divide="ignore", invalid="ignore"):
             share = 1 - drawn["kl"][k] / np.where(drawn_zero > 0, drawn_zero, np.nan)
         recovered = 1 - each.mean("kl", name) / zero_ if zero_ > 0 else float("nan")
@@ -243,8 +251,8 @@ def _conditions(
         )  # fmt: skip
         made.append(
             Condition(
-                name, found["accuracy"], found["top5"], found["kl"], Interval(recovered, *percentiles(share)),
-                p_kl, p_accuracy, len(repeats[name]),
+                name, found["accuracy"], found["top5"], found["kl"],
+                Interval.of(recovered, share, each.n_clusters("kl")), p_kl, p_accuracy, len(repeats[name]),
             )
         )  # fmt: skip
     return tuple(made)

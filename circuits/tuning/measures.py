@@ -164,17 +164,23 @@ def measure_tuning(
         drawn = resampled(replicates.T, seed=seed, resamples=resamples)
         means = np.concatenate([means, drawn])
 
-    def interval(found: Numbers, around: float = 0.0) -> Interval:
+    def interval(
+        found: Numbers, around: float = 0.0, within: tuple[float, float] = (-np.inf, np.inf)
+    ) -> Interval:
         value, drawn = float(found[0]), found[1:] if k > 1 else found
         # Angles wrap around: percentiles are taken of the signed difference from the value, the short way round.
         if around:
             drawn = value + (drawn - value + around / 2) % around - around / 2
-        return Interval(value, *percentiles(drawn))
+            within = (value - around / 2, value + around / 2)
+        if k < 2:
+            return Interval(value, *percentiles(drawn))
+        return Interval.of(value, drawn, k, within)
 
     return TuningMeasures(
-        interval(preferred(angles, means), around=period), interval(means.max(1)), interval(fwhm(angles, means)),
+        interval(preferred(angles, means), around=period), interval(means.max(1)),
+        interval(fwhm(angles, means), within=(0, 360)),
         # With a period of half a turn the opposite angle is the same stimulus.
-        interval(echo(angles, means) if period == 360 else np.full(len(means), np.nan)),
-        interval(circular_variance(angles, means, period)),
+        interval(echo(angles, means) if period == 360 else np.full(len(means), np.nan), within=(0, 1)),
+        interval(circular_variance(angles, means, period), within=(0, 1)),
         interval(direction(angles, means, period), around=period), k, seed,
     )  # fmt: skip
