@@ -54,14 +54,15 @@ class Tap:
 
     Attributes:
         module: the module whose output holds it.
-        call: which call of the module within one forward pass, counted from 0.
+        call: which call of the module within one forward pass, counted from 0; None for a tensor that several
+            functions take: it is read at the first of them, and changed at all.
         path: where in a nested output: indices of tuples and lists, keys of mappings, fields of dataclasses.
         layout: how the site's tensor lies in the module's, where it is another one (heads that are not split).
         overwritten: a later operation of the model changes the tensor in place, so `record` must copy it.
     """
 
     module: nn.Module
-    call: int = 0
+    call: int | None = 0
     path: tuple[Hashable, ...] = ()
     layout: Layout | None = None
     overwritten: bool = False
@@ -196,7 +197,7 @@ def _visited(
     try:
         with uncounted():
             for tap, visit in visits:
-                if tap.call == call:
+                if tap.call in (None, call):
                     changed = visit(output)
                     output = output if changed is None else changed
     finally:
@@ -229,7 +230,7 @@ def observe(
     # its visit raises and the ones after it would not run.
     order = sorted(looks.items(), key=lambda item: item[0] == until)
     visits = [
-        (tap, partial(_seen, tap, look, stop if name == until else None))
+        (replace(tap, call=tap.call or 0), partial(_seen, tap, look, stop if name == until else None))
         for name, (tap, look) in order
     ]
     with _attached(root, visits):

@@ -121,7 +121,7 @@ class Attached(LastHook):
         """Count a call of a site's module; whether it is the call that puts out the site's tensor."""
         call = self.calls.get(which, 0)
         self.calls[which] = call + 1
-        return call == place.tap.call
+        return place.tap.call in (None, call)
 
     @property
     def watched(self) -> bool:

@@ -8,6 +8,7 @@ something that is computed from it is the MLP's. Norms and scales on the way are
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -57,6 +58,8 @@ class TracedLayer:
         neurons: what that product is given.
         inputs: the products that make neurons of what the MLP reads: one, or two where one gates the other.
         mlp_given: what the MLP reads.
+        mlp_input: what it takes first, with a row for each example: what it reads or, where its code joins examples
+            and positions before it normalises them (OPT), the stream. None if there is no such tensor.
     """
 
     weights: HeadWeights
@@ -71,6 +74,7 @@ class TracedLayer:
     neurons: Value | None = None
     inputs: tuple[Affine, ...] = ()
     mlp_given: Value | None = None
+    mlp_input: Value | None = None
 
     @property
     def head(self) -> Head:
@@ -129,17 +133,25 @@ class TracedStream:
 
     def reads_alone(self, at: TracedLayer) -> bool:
         """Whether nothing but the MLP reads what it is given, so that a change there changes the MLP alone."""
-        if at.mlp_given is None:
+        if at.mlp_input is None or at.mlp_added is None:
             return False
-        waiting, firsts = [at.mlp_given], {affine.first for affine in at.inputs}
+        first = self.same(at.mlp_input)
+        waiting, inside = [first], set(self.flow.between(first, at.mlp_added))
         while waiting:
             for i in self.flow.taken_by.get(waiting.pop(), ()):
-                op = self.flow.program.operations[i]
-                if self.search.keeps(op) or short_name(op) in ("view", "reshape"):
-                    waiting += op.outputs
-                elif i not in firsts:
+                if i not in inside:
                     return False
+                op = self.flow.program.operations[i]
+                waiting += op.outputs if self.search.keeps(op) else ()
         return True
+
+    def mlp_reads(self, at: TracedLayer) -> list[int]:
+        """The operations by which the MLP takes its input."""
+        if at.mlp_input is None or at.mlp_added is None:
+            return []
+        ops = self.flow.program.operations
+        steps = self.flow.between(at.mlp_input, at.mlp_added)
+        return [i for i in steps if at.mlp_input in ops[i].inputs]
 
     @property
     def table(self) -> Value | None:
@@ -149,6 +161,20 @@ class TracedStream:
             return None
         rows = [v for v in op.inputs if v not in self.flow.dependent]
         return rows[0] if len(rows) == 1 else None
+
+    @property
+    def renormalised(self) -> bool:
+        """Whether the stream itself is normalised within layers or between them (BERT): it is no sum then."""
+        ends = [v for at in self.layers for v in (at.between, at.after) if v is not None]
+        return any(not self._is_sum(v) for v in ends)
+
+    def _is_sum(self, value: Value) -> bool:
+        """Whether a value is the outcome of an addition."""
+        while (op := self.flow.operation(self.same(value))) is not None:
+            if len(op.inputs) != 1 or short_name(op) not in ORDERS:
+                return short_name(op) in ADDS
+            value = op.inputs[0]
+        return True
 
     @property
     def parallel(self) -> bool:
@@ -322,6 +348,8 @@ class Search(Products):
     def _mlp(
         self, own: TracedLayer, added: Value, after: Value, between: Value | None
     ) -> TracedLayer:
+        entry = self._entry(own.before if between is None else between, added)
+        own = replace(own, mlp_input=entry)
         last = self.affines_before(added)
         if len(last) != 1:  # experts, for example
             return replace(own, between=between, after=after, mlp_added=added)
@@ -333,7 +361,27 @@ class Search(Products):
         own = replace(own, between=between, after=after, mlp_added=added, mlp=mlp)
         if not known:
             return own
-        return replace(own, neurons=neurons, inputs=tuple(inputs), mlp_given=given.pop())
+        read = given.pop()
+        entry = read if self.flow.shape(read) == self.flow.shape(own.before) else entry
+        return replace(
+            own, neurons=neurons, inputs=tuple(inputs), mlp_given=read, mlp_input=entry
+        )
+
+    def _entry(self, stream: Value, added: Value) -> Value | None:
+        """The last value, laid out as the stream, through which all goes that an MLP makes of the stream, before any
+        product: what it reads, normalised, whatever follows (experts and their router).
+        """
+        steps = self.flow.between(stream, added)
+        earlier, found = {stream}, stream
+        for at, i in enumerate(steps):
+            if self.is_product(i):
+                break
+            made = self.flow.program.operations[i].outputs
+            rest = {v for j in steps[at + 1 :] for v in self.flow.program.operations[j].inputs}
+            if len(made) == 1 and earlier.isdisjoint(rest):
+                found = made[0] if self.flow.shape(made[0]) == self.flow.shape(stream) else found
+            earlier.update(made)
+        return found if steps else None
 
 
 def find_stream(
@@ -448,7 +496,7 @@ def stream_values(stream: TracedStream) -> Mapping[str, Value]:
             f"{layer}.hook_mlp_out": at.mlp_added,
             f"{layer}.mlp.hook_out": at.mlp.made if at.mlp else None,
             f"{layer}.mlp.hook_post": at.neurons,
-            f"{layer}.mlp.hook_in": at.mlp_given if stream.reads_alone(at) else None,
+            f"{layer}.mlp.hook_in": at.mlp_input if stream.reads_alone(at) else None,
         }
     if stream.unembed is not None:
         unembed = stream.unembed
@@ -513,8 +561,8 @@ def stream_sites(
             own[0], kind, ("batch", "position", "unit"), 2, shape, tuple(own[1:]), "HookPoint"
         )
         more.append((site, tap))
-    for name, affine in _shared_inputs(stream):
-        if (own := _input_site(stream, batches, name, affine, points)) is not None:
+    for name, value, steps in _shared_inputs(stream):
+        if (own := _input_site(stream, batches, name, value, steps, points)) is not None:
             more.append(own)
     return made, more
 
@@ -539,27 +587,40 @@ def _owner(
     return None
 
 
-def _shared_inputs(stream: TracedStream) -> Iterator[tuple[str, Affine]]:
-    """The products that read what others read, too, with the name of the site of what they read alone."""
+def _shared_inputs(stream: TracedStream) -> Iterator[tuple[str, Value, list[int]]]:
+    """What is read by others, too: the name of the site of what some operations read alone, the value, and these."""
     for n, at in enumerate(stream.layers):
-        if at.mlp_given is not None and not stream.reads_alone(at) and len(at.inputs) == 1:
-            yield f"blocks.{n}.mlp.hook_in", at.inputs[0]
+        if at.mlp_input is not None and not stream.reads_alone(at):
+            yield f"blocks.{n}.mlp.hook_in", at.mlp_input, stream.mlp_reads(at)
     if stream.unembed is not None and stream.reads_stream(stream.unembed):
-        yield "unembed.hook_in", stream.unembed
+        yield "unembed.hook_in", stream.unembed.given, [stream.unembed.first]
 
 
 def _input_site(
-    stream: TracedStream, batches: Batches, name: str, affine: Affine, points: Points
+    stream: TracedStream,
+    batches: Batches,
+    name: str,
+    value: Value,
+    steps: Sequence[int],
+    points: Points,
 ) -> tuple[Site, Tap] | None:
-    """The site of what a product reads, where it takes it; None if its axes are not batch, position and unit."""
-    i, shape = affine.first, stream.flow.shape(affine.given)
-    op = stream.flow.program.operations[i]
-    if affine.given not in op.args or len(shape) != 3 or batches.of(affine.given, 0) != 1:
+    """The site of what some operations take, where they take it; None if its axes are not batch, position and unit."""
+    shape, ops = stream.flow.shape(value), stream.flow.program.operations
+    taken = [stream.flow.argument_address(i, value) for i in steps]
+    once = all(ops[i].inputs.count(value) == 1 and ops[i].counted for i in steps)
+    if not once or not taken or len(shape) != 3 or batches.of(value, 0) != 1:
         return None
-    place = op.args.index(affine.given)
-    address = stream.flow.address(i, len(op.running), part="argument", place=place)
+    # Counted in the innermost module that encloses them all.
+    around = [ops[i].running for i in steps]
+    depth = len(os.path.commonprefix(around))
+    first, *also = [
+        stream.flow.address(i, depth, part="argument", place=a.place, key=a.key, item=a.item)
+        for i, a in zip(steps, taken, strict=True)
+        if a is not None
+    ]
     axes = ("batch", "position", "unit")
-    return Site(name, "neuron", axes, 2, shape[1:], (), "HookPoint"), points.tap(address)
+    site = Site(name, "neuron", axes, 2, shape[1:], (), "HookPoint")
+    return site, points.tap(first, also=also)
 
 
 def _kind(names: Sequence[str]) -> SiteKind:

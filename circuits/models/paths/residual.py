@@ -127,6 +127,8 @@ class Stream:
         width: the number of its dimensions.
         last: the site of the stream that is read out.
         splits: attention and MLPs whose parts are senders.
+        scales: by what attention's and the MLP's outputs are multiplied in each layer before they are added (Granite);
+            empty where they are added as they are.
     """
 
     model: HookedModel
@@ -138,6 +140,7 @@ class Stream:
     width: int
     last: str
     splits: tuple[Split, ...] = ()
+    scales: tuple[tuple[float, float], ...] = ()
     _norms: dict[nn.Module, Norm] = field(default_factory=dict, repr=False)
     _reaching: dict[Receiver, Tensor] = field(default_factory=dict, repr=False)
     _writers: dict[tuple[int, Writing], Writers] = field(default_factory=dict, repr=False)
@@ -152,6 +155,13 @@ class Stream:
         transformer = Transformer(model)
         parallel = transformer.parallel
         known = {name for s in model.sites for name in (s.name, *s.aliases)}
+        if transformer.parts.renormalised:
+            raise ValueError(
+                f"model {model.name} normalises its residual stream itself, in or between its layers (as BERT does): "
+                "what a part writes reaches later ones through all normalisations between, so that nothing is added "
+                "along a direct path; expected a model that normalises what reads the stream, or whole sites to patch "
+                "(`circuits patch`)"
+            )
         # `[x] * condition` is a list of one or none. Rotary and ALiBi models add no position embedding to the stream.
         senders = [Sender("token"), *[Sender("position")] * (transformer.position is not None)]
         receivers: list[Receiver] = []
@@ -177,7 +187,7 @@ class Stream:
         last = "ln_final.hook_in" if "ln_final.hook_in" in known else transformer.last
         return cls(
             model, tuple(senders), (*receivers, Receiver("logits")), parallel, transformer.layers,
-            transformer.parts, transformer.width, last,
+            transformer.parts, transformer.width, last, scales=_scales(transformer, known),
         )  # fmt: skip
 
     def split(self, splits: Sequence[Split]) -> Stream:
@@ -219,8 +229,32 @@ class Stream:
         """
         found = self.parts.attention(name, layer)
         if found is None:
-            raise ValueError(f"layer {layer} of {self.model.name} has no matrix {name}")
-        return found.detach()
+            raise ValueError(
+                f"layer {layer} of {self.model.name} has no matrix {name}: between its heads and the stream there are "
+                "several steps (as in latent attention), so that heads have no edges; expected a model whose heads "
+                "read and write the stream through one matrix each, or whole sites to patch (`circuits patch`)"
+            )
+        scale = self.attention_scale(layer) if name.endswith("_O") else 1.0
+        return found.detach() if scale == 1 else found.detach() * scale
+
+    def attention_scale(self, layer: int) -> float:
+        """By what a layer's attention is multiplied before it is added to the stream."""
+        return self.scales[layer][0] if self.scales else 1.0
+
+    def shown_scale(self, layer: int, writing: Writing) -> float:
+        """By what the tensor at the site of what attention or the MLP adds is multiplied before it is added."""
+        if writing == "mlp":
+            return self.mlp_scale(layer)
+        return 1.0 if self.layers[layer].attention else self.attention_scale(layer)
+
+    def mlp_scale(self, layer: int) -> float:
+        """By what the tensor at the site of an MLP's output is multiplied before it is added to the stream."""
+        return 1.0 if self.layers[layer].mlp_added or not self.scales else self.scales[layer][1]
+
+    def layer_of_mlp(self, site: str) -> int | None:
+        """The layer whose MLP writes what a site shows; None if it is another site."""
+        mlps = (r.layer for r in self.receivers if r.kind == "mlp")
+        return next((i for i in mlps if self.output_site(Sender("mlp", i)) == site), None)
 
     # --- names -----------------------------------------------------------------------------------
 
@@ -372,16 +406,21 @@ class Stream:
         if sender.kind == "head":
             return self.heads_site(sender.layer)
         if sender.kind == "mlp":
-            return _shown(self.layers[sender.layer].mlp_added)
-        return self._named("hook_embed" if sender.kind == "token" else "hook_pos_embed")
+            layer = self.layers[sender.layer]
+            return _shown(layer.mlp_added or layer.mlp)
+        if sender.kind == "position":
+            return self._named("hook_pos_embed")
+        # What enters the first layer is that of the tokens, if nothing shows their embedding by itself.
+        known = {name for s in self.model.sites for name in (s.name, *s.aliases)}
+        return self._named("hook_embed") if "hook_embed" in known else self.layers[0].before
 
     def heads_site(self, layer: int) -> str:
         """The site of a layer's heads, before their output weights W_O."""
         return _shown(self.layers[layer].heads)
 
     def attention_site(self, layer: int) -> str:
-        """The site of what a layer's heads and bias add to the stream together."""
-        return _shown(self.layers[layer].attention)
+        """The site of what a layer's heads and bias add to the stream together, or of that before it is scaled."""
+        return self.layers[layer].attention or self._named(f"blocks.{layer}.attn.hook_out")
 
     def before_post_norm_site(self, layer: int) -> str:
         """The same before the normalisation that some models (Gemma 2) have after attention."""
@@ -404,7 +443,13 @@ class Stream:
         # A change at `hook_resid_mid` would reach the MLP only: the skip connection around the MLP is not read from
         # it. What attention adds goes both ways.
         if receiver.kind == "resid_mid":
-            return self.attention_site(receiver.layer)
+            found = self.layers[receiver.layer].attention
+            if found is None:
+                raise ValueError(
+                    f"resid_mid:{receiver.layer} of {self.model.name}: no site shows what attention adds to the stream "
+                    f"after it is scaled; expected resid_pre:{receiver.layer} or resid_post:{receiver.layer}"
+                )
+            return found
         if receiver.kind in STREAMS:
             return self.stream_site(receiver)
         inner = "mlp.hook_in" if receiver.kind == "mlp" else f"attn.hook_{receiver.kind}"
@@ -427,19 +472,40 @@ def _shown(site: str | None) -> str:
 
 def _require(model: HookedModel, known: set[str], layer: int, mlp: bool, middle: bool) -> None:
     """Raise ValueError if a layer lacks a site."""
-    if "hook_embed" not in known:
+    if "hook_embed" not in known and "hook_pos_embed" in known:
         raise ValueError(
             f"model {model.name} has no site hook_embed: no single embedding of its tokens enters the stream"
         )
-    needed = ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "attn.hook_z"]
-    needed += [f"attn.hook_{part}" for part in _PARTS]
-    needed += ["hook_mlp_out"] * mlp + ["hook_resid_mid"] * middle
-    for name in needed:
-        if f"blocks.{layer}.{name}" not in known:
+    needed = [["hook_resid_pre"], ["hook_resid_post"], ["hook_attn_out", "attn.hook_out"], ["attn.hook_z"]]
+    needed += [[f"attn.hook_{part}"] for part in _PARTS]
+    needed += [["hook_mlp_out", "mlp.hook_out"]] * mlp + [["hook_resid_mid"]] * middle
+    for names in needed:
+        if known.isdisjoint(f"blocks.{layer}.{name}" for name in names):
             raise ValueError(
-                f"model {model.name} has no site blocks.{layer}.{name} with the batch in front: its residual "
+                f"model {model.name} has no site blocks.{layer}.{names[0]} with the batch in front: its residual "
                 "stream cannot be followed"
             )
+
+
+def _scales(transformer: Transformer, known: set[str]) -> tuple[tuple[float, float], ...]:
+    """By what outputs of attention and MLPs are multiplied before they are added, where they are not added as they are.
+
+    Raises:
+        ValueError: if that cannot be told.
+    """
+    shown = all(at.attention is not None for at in transformer.layers)
+    if shown and not transformer.parts.scaled:
+        return ()
+    found = []
+    for layer, made in zip(transformer.layers, transformer.writes, strict=True):
+        mlp = transformer.parts.has_mlp(layer.number) and layer.mlp_added is None
+        if made.attention is None or (mlp and made.mlp is None):
+            raise ValueError(
+                f"model {transformer.model.name}: what layer {layer.number} adds to the stream is not the output of "
+                "its heads and its MLP, or that times a number; paths need a stream that is the sum of its senders"
+            )
+        found.append((made.attention.scale, made.mlp.scale if made.mlp else 1.0))
+    return tuple(found)
 
 
 _HEAD = re.compile(r"head:([0-9]{1,18}\.[0-9]{1,18})")

@@ -1,0 +1,141 @@
+"""Edges of families whose MLP reads what others read, too, has experts, or is scaled: against torch's own hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from circuits.discovery import Runs, edge_graph
+from circuits.discovery.streams import StreamGraph
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.tasks import Task
+from tests.test_discovery import weighed
+from tests.test_paths import drawn, pairs
+from tests.transformer_families import (
+    CONTEXT, FAMILIES, HEADS, MORE, N_VOCAB, WIDTH, bridged, huggingface_model,
+)  # fmt: skip
+
+PARALLEL, BEHIND = ("cohere", "stablelm-parallel"), ("olmo2",)
+"""Families in which attention and MLP read the same, and those that normalise nothing before the two."""
+
+
+class ByHand:
+    """What one edge does in a Hugging Face model of Llama's layout, by torch's hooks on its modules."""
+
+    def __init__(self, family: str, inner: Any, clean: Tensor, other: Tensor) -> None:
+        self.family, self.inner, self.clean = family, inner, clean
+        self.added = (FAMILIES | MORE)[family].added
+        self.layers = list(inner.model.layers)
+        self.seen, self.other = self._watched(clean), self._watched(other)
+
+    def _watched(self, tokens: Tensor) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+        with ExitStack() as stack, torch.no_grad():
+            for name, module in self.inner.named_modules():
+
+                def note(_m: Any, args: Any, kwargs: Any, made: Any, name: str = name) -> None:
+                    given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+                    seen[f"{name}<"] = given  # type: ignore[assignment]
+                    seen[name] = made[0] if isinstance(made, tuple) else made
+
+                handle = module.register_forward_hook(note, with_kwargs=True)
+                stack.callback(handle.remove)
+            self.inner(tokens)
+        return seen
+
+    def norm(self, layer: int, what: str) -> Callable[[Tensor], Tensor]:
+        at = self.layers[layer]
+        if self.family in BEHIND:
+            return lambda x: x
+        return at.post_attention_layernorm if what == "mlp" and self.family not in PARALLEL else at.input_layernorm
+
+    def written(self, sender: str) -> Tensor:
+        """What a sender adds to the stream in the other run less what it adds in the clean one."""
+        if sender == "token":
+            return self.other["model.layers.0<"] - self.seen["model.layers.0<"]
+        if sender.startswith("mlp:"):
+            end = "post_feedforward_layernorm" if self.family in BEHIND else "mlp"
+            name = f"model.layers.{sender[4:]}.{end}"
+            return (self.other[name] - self.seen[name]) * self.added
+        layer, head = map(int, sender.split("."))
+        name, own = f"model.layers.{layer}.self_attn.o_proj", slice(head * 4, head * 4 + 4)
+        assert WIDTH // HEADS == 4
+        live = self.seen[f"{name}<"].clone()
+        live[..., own] = self.other[f"{name}<"][..., own]
+        out = self.layers[layer].self_attn.o_proj
+        after = self.layers[layer].post_attention_layernorm if self.family in BEHIND else nn.Identity()
+        return (after(out(live)) - after(self.seen[name])) * self.added
+
+    def before(self, layer: int, what: str) -> Tensor:
+        """The stream that attention or the MLP of a layer reads."""
+        stream = self.seen[f"model.layers.{layer}<"]
+        if what != "mlp" or self.family in PARALLEL:
+            return stream
+        end = "post_attention_layernorm" if self.family in BEHIND else "self_attn"
+        return stream + self.seen[f"model.layers.{layer}.{end}"] * self.added
+
+    def logits(self, sender: str, receiver: str) -> Tensor:
+        """The logits where what a receiver reads has a sender's other contribution in it."""
+        moved = self.written(sender)
+        if receiver == "logits":
+            module: Any = self.inner.model.norm
+            hook: Any = module.register_forward_pre_hook(lambda _, args: (args[0] + moved,))
+        elif receiver.startswith("mlp:"):
+            layer = int(receiver[4:])
+            made = self.norm(layer, "mlp")(self.before(layer, "mlp") + moved)
+            hook = self.layers[layer].mlp.register_forward_pre_hook(lambda *_: (made,))
+        else:
+            number, head, letter = receiver.split(".")
+            layer, own = int(number), slice(int(head) * 4, int(head) * 4 + 4)
+            module = getattr(self.layers[layer].self_attn, f"{letter}_proj")
+            norm, stream = self.norm(layer, "q"), self.before(layer, "q")
+            made = module(norm(stream + moved))
+
+            def changed(_m: Any, _x: Any, out: Tensor) -> Tensor:
+                return torch.cat([out[..., : own.start], made[..., own], out[..., own.stop :]], -1)
+
+            hook = module.register_forward_hook(changed)
+        with torch.no_grad():
+            logits = self.inner(self.clean).logits
+        hook.remove()
+        return logits
+
+
+def check(family: str, model: HookedModel, inner: Any) -> None:
+    graph = edge_graph(model)
+    assert isinstance(graph, StreamGraph)
+    assert {"token", "0.3", "mlp:0"} <= set(graph.sources)
+    clean, corrupted = drawn()
+    task: Task = pairs(model, clean, corrupted, weighed)
+    (pair,) = (runs := Runs(graph, task)).pairs()
+    n = len(graph)
+    none, full = runs.patched(pair, torch.stack([torch.ones(n), torch.zeros(n)]))
+    wanted = [weighed(model.logits(t.repeat(2, 1))).double() for t in (corrupted, clean)]
+    assert torch.equal(none, wanted[0][: len(none)])
+    assert torch.equal(full, wanted[1][len(none) :])
+    with torch.no_grad():
+        hand = ByHand(family, inner, clean, corrupted)
+        by_hand = torch.stack([weighed(hand.logits(*edge)) for edge in graph.edges]).double()
+    found = runs.patched(pair, torch.eye(n))
+    assert float((by_hand - wanted[1][: len(clean)]).abs().amax()) > 1e-2
+    torch.testing.assert_close(found, by_hand, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "family", ["cohere", "stablelm-parallel", "olmo2", "mixtral", "gpt-oss", "granite"]
+)
+def test_edges_of_a_module_are_those_that_are_patched_by_hand(family: str) -> None:
+    inner = huggingface_model(family)
+    check(family, HookedModel(inner, TokenInput(N_VOCAB, CONTEXT), family), inner)
+
+
+def test_edges_of_a_bridge_whose_outputs_are_scaled(tmp_path: Path) -> None:
+    check("granite", *bridged("granite", tmp_path))
