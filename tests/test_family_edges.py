@@ -20,7 +20,14 @@ from circuits.tasks import Task
 from tests.test_discovery import weighed
 from tests.test_paths import drawn, pairs
 from tests.transformer_families import (
-    CONTEXT, FAMILIES, HEADS, MORE, N_VOCAB, WIDTH, bridged, huggingface_model,
+    CONTEXT,
+    FAMILIES,
+    HEADS,
+    MORE,
+    N_VOCAB,
+    WIDTH,
+    bridged,
+    huggingface_model,
 )  # fmt: skip
 
 PARALLEL, BEHIND = ("cohere", "stablelm-parallel"), ("olmo2",)
@@ -42,7 +49,9 @@ class ByHand:
             for name, module in self.inner.named_modules():
 
                 def note(_m: Any, args: Any, kwargs: Any, made: Any, name: str = name) -> None:
-                    given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+                    given = next(
+                        (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None
+                    )
                     seen[f"{name}<"] = given  # type: ignore[assignment]
                     seen[name] = made[0] if isinstance(made, tuple) else made
 
@@ -55,7 +64,11 @@ class ByHand:
         at = self.layers[layer]
         if self.family in BEHIND:
             return lambda x: x
-        return at.post_attention_layernorm if what == "mlp" and self.family not in PARALLEL else at.input_layernorm
+        return (
+            at.post_attention_layernorm
+            if what == "mlp" and self.family not in PARALLEL
+            else at.input_layernorm
+        )
 
     def written(self, sender: str) -> Tensor:
         """What a sender adds to the stream in the other run less what it adds in the clean one."""
@@ -71,7 +84,9 @@ class ByHand:
         live = self.seen[f"{name}<"].clone()
         live[..., own] = self.other[f"{name}<"][..., own]
         out = self.layers[layer].self_attn.o_proj
-        after = self.layers[layer].post_attention_layernorm if self.family in BEHIND else nn.Identity()
+        after = (
+            self.layers[layer].post_attention_layernorm if self.family in BEHIND else nn.Identity()
+        )
         return (after(out(live)) - after(self.seen[name])) * self.added
 
     def before(self, layer: int, what: str) -> Tensor:
@@ -139,3 +154,146 @@ def test_edges_of_a_module_are_those_that_are_patched_by_hand(family: str) -> No
 
 def test_edges_of_a_bridge_whose_outputs_are_scaled(tmp_path: Path) -> None:
     check("granite", *bridged("granite", tmp_path))
+
+
+# --- rows of all examples, readouts of several layers ---------------------------------------------
+
+
+def check_some(model: HookedModel, by_hand: Callable[[str, str], Tensor], some: Any) -> None:
+    """No edges and all edges are the runs themselves, and some edges what they are by hand."""
+    graph = edge_graph(model)
+    clean, corrupted = drawn()
+    (pair,) = (runs := Runs(graph, pairs(model, clean, corrupted, weighed))).pairs()
+    n, at = len(graph), [graph.edges.index(edge) for edge in some]
+    none, full = runs.patched(pair, torch.stack([torch.ones(n), torch.zeros(n)]))
+    wanted = [weighed(model.logits(t.repeat(2, 1))).double() for t in (corrupted, clean)]
+    assert torch.equal(none, wanted[0][: len(none)])
+    assert torch.equal(full, wanted[1][len(none) :])
+    found = runs.patched(pair, torch.eye(n)[at])
+    with torch.no_grad():
+        made = torch.stack([weighed(by_hand(*edge)) for edge in some]).double()
+    assert bool(((made - wanted[1][: len(clean)]).abs().amax(1) > 1e-3).all())
+    torch.testing.assert_close(found, made, rtol=1e-3, atol=1e-4)
+
+
+def note(seen: dict[str, Tensor], name: str) -> Any:
+    def hook(_: nn.Module, args: Any, made: Any) -> None:
+        seen[name] = made[0] if isinstance(made, tuple) else made
+
+    return hook
+
+
+def opt_by_hand(inner: Any) -> Callable[[str, str], Tensor]:
+    """Edges into MLPs and the logits of OPT, whose MLPs take the positions of all examples as rows."""
+    layers, (clean, corrupted) = inner.model.decoder.layers, drawn()
+    runs: list[dict[str, Tensor]] = []
+    for tokens in (clean, corrupted):
+        seen: dict[str, Tensor] = {}
+        hooks = [inner.model.decoder.embed_tokens.register_forward_hook(note(seen, "token"))]
+        for i, layer in enumerate(layers):
+            hooks += [
+                layer.self_attn.register_forward_hook(note(seen, f"attention:{i}")),
+                layer.fc2.register_forward_hook(note(seen, f"mlp:{i}")),
+                layer.register_forward_hook(note(seen, f"after:{i}")),
+            ]
+        inner(tokens)
+        for hook in hooks:
+            hook.remove()
+        runs.append({k: v.reshape(*tokens.shape, -1) for k, v in seen.items()})
+    live, other = runs
+
+    def logits(sender: str, receiver: str) -> Tensor:
+        moved = other[sender] - live[sender]
+        if receiver == "logits":
+            norm: Any = inner.model.decoder.final_layer_norm
+            hook = norm.register_forward_pre_hook(lambda _, args: (args[0] + moved,))
+        else:
+            layer = layers[int(receiver[4:])]
+            read = live["after:0"] + live["attention:1"] + moved
+            made = layer.final_layer_norm(read).flatten(0, 1)
+            hook = layer.fc1.register_forward_pre_hook(lambda *_: (made,))
+        found = inner(clean).logits
+        hook.remove()
+        return found
+
+    return logits
+
+
+SOME = [("token", "mlp:1"), ("mlp:0", "mlp:1"), ("mlp:1", "logits"), ("token", "logits")]
+
+
+def test_edges_of_mlps_that_take_the_positions_of_all_examples_as_rows(tmp_path: Path) -> None:
+    bridge, inner = bridged("opt", tmp_path)
+    with torch.no_grad():
+        by_hand = opt_by_hand(inner)
+    check_some(bridge, by_hand, SOME)
+    traced = HookedModel(inner, TokenInput(N_VOCAB, CONTEXT), "opt")
+    check_some(traced, by_hand, SOME)
+    # A site of such rows has them by example, whatever the batch.
+    clean, corrupted = drawn()
+    for tokens in (clean, corrupted[:1]):
+        found = traced.run(tokens, read=["blocks.1.mlp.hook_post"])["blocks.1.mlp.hook_post"]
+        assert found.shape == (*tokens.shape, 24)
+    one = traced.run(clean, read=["blocks.0.hook_mlp_out"])["blocks.0.hook_mlp_out"]
+    alone = traced.run(clean[1:2], read=["blocks.0.hook_mlp_out"])["blocks.0.hook_mlp_out"]
+    torch.testing.assert_close(one[1:2], alone)
+
+
+def encoder(kind: str, **more: Any) -> Any:
+    """A tiny random masked language model."""
+    config = {
+        "vocab_size": N_VOCAB, "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": 2,
+        "intermediate_size": 24, "max_position_embeddings": CONTEXT, "attn_implementation": "eager", "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{kind}Config")(**config | more)
+    inner: Any = transformers.AutoModelForMaskedLM.from_config(made).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in inner.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.5)
+    return inner
+
+
+def test_the_logits_of_a_head_of_several_layers_are_a_target() -> None:
+    inner = encoder("ModernBert", global_attn_every_n_layers=1)
+    model = HookedModel(inner, TokenInput(N_VOCAB, CONTEXT), "modernbert")
+    clean, corrupted = drawn()
+    runs: list[dict[str, Tensor]] = []
+    for tokens in (clean, corrupted):
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            m.register_forward_hook(note(seen, f"mlp:{i}"))
+            for i, m in enumerate(m.mlp for m in inner.model.layers)
+        ]
+        hooks.append(inner.model.embeddings.register_forward_hook(note(seen, "token")))
+        with torch.no_grad():
+            inner(tokens)
+        for hook in hooks:
+            hook.remove()
+        runs.append(seen)
+
+    def by_hand(sender: str, _: str) -> Tensor:
+        moved = runs[1][sender] - runs[0][sender]
+        norm: Any = inner.model.final_norm
+        hook = norm.register_forward_pre_hook(lambda _, args: (args[0] + moved,))
+        found = inner(clean).logits
+        hook.remove()
+        return found
+
+    check_some(model, by_hand, [("token", "logits"), ("mlp:0", "logits"), ("mlp:1", "logits")])
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Albert", "Electra"])
+def test_a_stream_that_is_normalised_itself_has_no_edges(kind: str) -> None:
+    more = {"embedding_size": 8} if kind == "Albert" else {}
+    model = HookedModel(encoder(kind, **more), TokenInput(N_VOCAB, CONTEXT), kind)
+    with pytest.raises(ValueError, match=f"model {kind} normalises its residual stream itself"):
+        edge_graph(model)
+
+
+def test_latent_attention_has_no_edges_of_heads() -> None:
+    inner = huggingface_model("deepseek-v2")
+    model = HookedModel(inner, TokenInput(N_VOCAB, CONTEXT), "deepseek-v2")
+    with pytest.raises(ValueError, match="has no matrix W_K: between its heads and the stream"):
+        edge_graph(model)

@@ -61,7 +61,9 @@ def written_matrix(stream: Stream, sender: Sender) -> Float[Tensor, "inner d_mod
         matrix = stream.matrix("W_O", layer)[sender.head].double()
         return _folded(stream, stream.norm("ln1_post", layer), matrix)
     if sender.kind == "mlp":
-        matrix = _neurons(stream, layer)[1].double() * (stream.scales[layer][1] if stream.scales else 1)
+        matrix = _neurons(stream, layer)[1].double() * (
+            stream.scales[layer][1] if stream.scales else 1
+        )
         return _folded(stream, stream.norm("ln2_post", layer), matrix)
     if sender.kind == "position":
         return stream.parts.positions().detach().double()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from circuits.autograd import recording_gradients
 from circuits.call_points import CallPoint, uncounted
-from circuits.hooks import LastHook, Tap
+from circuits.hooks import LastHook, Tap, note_examples
 from circuits.models.adapter.copying import deep_copy
 from circuits.units import Site, SiteKind
 
@@ -112,6 +112,7 @@ class Attached(LastHook):
     def restart(self, module: nn.Module, args: Any) -> None:
         """The hook before a forward pass of the model: reset the counts of calls."""
         self.calls, self.held = {}, None
+        note_examples(args)
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> None:
         """The hook after a forward pass, also one that failed or was stopped: let go of the tensors."""

@@ -255,7 +255,7 @@ class TracedParts:
         at = self.stream.layers[layer]
         mlp = at.mlp
         if name == "ln_final":
-            unembed = self.stream.unembed
+            unembed = self.stream.unembed or self.stream.head
             return None if unembed is None else (self.stream.last, unembed.given)
         if name == "ln1":
             return at.before, at.attention_given
@@ -304,7 +304,10 @@ class TracedParts:
         return Replayed(self._constants, start, end) if module is None else module
 
     def positions(self) -> Tensor:
-        raise ValueError("positions: what the model adds for positions is no site")
+        if self.stream.position is None:
+            raise ValueError("positions: the model adds nothing to its tokens for positions")
+        made = self._constants.of(self.stream.position)
+        return made.reshape(-1, *made.shape[-2:])[0]
 
     def attention(self, name: Matrices, layer: int) -> Tensor | None:
         return self.stream.layers[layer].weights.matrix(name)

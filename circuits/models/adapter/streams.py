@@ -8,13 +8,13 @@ something that is computed from it is the MLP's. Norms and scales on the way are
 from __future__ import annotations
 
 import itertools
-import os
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from circuits.hooks import Tap, Trace
+from circuits.hooks import ByExample, OfAll, Tap, Trace
 from circuits.models.adapter.affine import ADDS, Affine, Products
 from circuits.models.adapter.attention import Batches
 from circuits.models.adapter.flow import ORDERS, Flow, moves, short_name
@@ -94,6 +94,7 @@ class TracedStream:
         last: the stream after the last layer.
         unembed: the product with the unembedding.
         search: what found it.
+        head: the first product of a readout that has several in a row (of masked language models); None otherwise.
     """
 
     flow: Flow
@@ -103,6 +104,7 @@ class TracedStream:
     last: Value
     unembed: Affine | None
     search: Search
+    head: Affine | None = None
 
     def same(self, value: Value) -> Value:
         """The value that this one is, before functions that change nothing."""
@@ -151,7 +153,15 @@ class TracedStream:
             return []
         ops = self.flow.program.operations
         steps = self.flow.between(at.mlp_input, at.mlp_added)
-        return [i for i in steps if at.mlp_input in ops[i].inputs]
+        found, inside = [i for i in steps if at.mlp_input in ops[i].inputs], set(steps)
+        # What only moves numbers may be read by others behind it: a change there would reach them, too.
+        waiting = [i for i in found if moves(ops[i])]
+        while waiting:
+            takers = [i for v in ops[waiting.pop()].outputs for i in self.flow.taken_by.get(v, ())]
+            if not inside.issuperset(takers):
+                return []
+            waiting += [i for i in takers if moves(ops[i])]
+        return found
 
     @property
     def table(self) -> Value | None:
@@ -362,10 +372,9 @@ class Search(Products):
         if not known:
             return own
         read = given.pop()
-        entry = read if self.flow.shape(read) == self.flow.shape(own.before) else entry
-        return replace(
-            own, neurons=neurons, inputs=tuple(inputs), mlp_given=read, mlp_input=entry
-        )
+        if math.prod(self.flow.shape(read)) == math.prod(self.flow.shape(own.before)):
+            entry = read
+        return replace(own, neurons=neurons, inputs=tuple(inputs), mlp_given=read, mlp_input=entry)
 
     def _entry(self, stream: Value, added: Value) -> Value | None:
         """The last value, laid out as the stream, through which all goes that an MLP makes of the stream, before any
@@ -430,9 +439,20 @@ def find_stream(
         search.same(v) for v in search.ancestors(unembed.given)
     }:
         unembed = None
+    head = None if unembed is not None or final is None else _head(search, last, final)
     return TracedStream(
-        flow, tuple(layers), embed, position, search.last_same(last), unembed, search
+        flow, tuple(layers), embed, position, search.last_same(last), unembed, search, head
     )
+
+
+def _head(search: Search, last: Value, final: Value) -> Affine | None:
+    """The first product of a readout with several; None if the readout takes more than what this is given."""
+    found, flow = search.affine_after(last), search.flow
+    if found is None or flow.shape(found.given) != flow.shape(last):
+        return None
+    behind = set(flow.between(found.given, final))
+    steps = {*flow.between(last, found.given), *behind}
+    return found if behind and steps == set(flow.between(last, final)) else None
 
 
 def _keys_of_several_layers(search: Search, head: Head) -> bool:
@@ -503,6 +523,8 @@ def stream_values(stream: TracedStream) -> Mapping[str, Value]:
         found["hook_unembed"] = unembed.made
         if not stream.reads_stream(unembed):
             found["unembed.hook_in"] = unembed.given
+    elif stream.head is not None and not stream.reads_stream(stream.head):
+        found["head.hook_in"] = stream.head.given
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -552,11 +574,16 @@ def stream_sites(
             continue
         last = stream.search.last_same(value)
         address = stream.flow.address_of(last)
-        layout = _stream_layout(batches, last)
-        if address is None or layout is None:
+        if address is None:
             continue
-        tap = points.tap(address, layout if layout.held != layout.shown else None)
-        shape = tuple(layout.read(torch.zeros(stream.flow.shape(last))).shape[1:])
+        if _by_rows(stream, batches, last):
+            tap = points.tap(address, ByExample())
+            shape = (batches.of(last, 0), stream.flow.shape(last)[1])
+        elif (layout := _stream_layout(batches, last)) is not None:
+            tap = points.tap(address, layout if layout.held != layout.shown else None)
+            shape = tuple(layout.read(torch.zeros(stream.flow.shape(last))).shape[1:])
+        else:
+            continue
         site = Site(
             own[0], kind, ("batch", "position", "unit"), 2, shape, tuple(own[1:]), "HookPoint"
         )
@@ -564,6 +591,8 @@ def stream_sites(
     for name, value, steps in _shared_inputs(stream):
         if (own := _input_site(stream, batches, name, value, steps, points)) is not None:
             more.append(own)
+    if (own := _position_site(stream, batches, points)) is not None:
+        more.append(own)
     return made, more
 
 
@@ -594,6 +623,8 @@ def _shared_inputs(stream: TracedStream) -> Iterator[tuple[str, Value, list[int]
             yield f"blocks.{n}.mlp.hook_in", at.mlp_input, stream.mlp_reads(at)
     if stream.unembed is not None and stream.reads_stream(stream.unembed):
         yield "unembed.hook_in", stream.unembed.given, [stream.unembed.first]
+    if stream.head is not None and stream.reads_stream(stream.head):
+        yield "head.hook_in", stream.head.given, [stream.head.first]
 
 
 def _input_site(
@@ -611,8 +642,8 @@ def _input_site(
     if not once or not taken or len(shape) != 3 or batches.of(value, 0) != 1:
         return None
     # Counted in the innermost module that encloses them all.
-    around = [ops[i].running for i in steps]
-    depth = len(os.path.commonprefix(around))
+    around = zip(*(ops[i].running for i in steps), strict=False)
+    depth = sum(1 for _ in itertools.takewhile(lambda modules: len(set(modules)) == 1, around))
     first, *also = [
         stream.flow.address(i, depth, part="argument", place=a.place, key=a.key, item=a.item)
         for i, a in zip(steps, taken, strict=True)
@@ -623,10 +654,39 @@ def _input_site(
     return site, points.tap(first, also=also)
 
 
+def _position_site(
+    stream: TracedStream, batches: Batches, points: Points
+) -> tuple[Site, Tap] | None:
+    """The site of what is added to the tokens' embedding for positions; None unless that is one vector for each."""
+    if stream.position is None:
+        return None
+    flow, first = stream.flow, stream.layers[0].before
+    shape, wanted = flow.shape(stream.position), flow.shape(first)
+    each = len(shape) == 3 and batches.of(stream.position, 0) == 1
+    same = shape[-2:] == wanted[1:] and (each or math.prod(shape[:-2]) == 1)
+    if batches.of(first, 0) != 1 or not same:
+        return None
+    leading = set(flow.before(first, lambda _: False))
+    taking = [i for i in flow.taken_by[stream.position] if i in leading]
+    address = flow.argument_address(taking[0], stream.position) if len(taking) == 1 else None
+    if address is None:
+        return None
+    axes = ("batch", "position", "unit")
+    site = Site("hook_pos_embed", "residual", axes, 2, tuple(wanted[1:]), (), "HookPoint")
+    return site, points.tap(address, None if each else OfAll())
+
+
 def _kind(names: Sequence[str]) -> SiteKind:
     if "hook_unembed" in names:
         return "logit"
     return "residual" if any(name.endswith(_STREAM) for name in names) else "neuron"
+
+
+def _by_rows(stream: TracedStream, batches: Batches, value: Value) -> bool:
+    """Whether a value has a row for each position of each example in turn, and a stream with examples first."""
+    n, first = batches.of(value, 0), stream.layers[0].before
+    rows = len(stream.flow.shape(value)) == 2 and n == stream.flow.shape(first)[1]
+    return rows and n > 1 and batches.of(first, 0) == 1
 
 
 def _stream_layout(batches: Batches, value: Value) -> Rearranged | None:

@@ -292,6 +292,23 @@ def check_stream(stream: Stream) -> None:
                 )
 
 
+def check_mlp_inputs(stream: Stream) -> None:
+    """Raise ValueError unless what MLPs write is that of what they are given at the sites of their inputs alone."""
+    mlps = [r for r in stream.receivers if r.kind == "mlp"]
+    inputs = [stream.input_site(r) for r in mlps]
+    outputs = [stream.output_site(Sender("mlp", r.layer)) for r in mlps]
+    example = stream.model.input.example(2)
+    cache = stream.model.run(example, read=[*inputs, *outputs])
+    put = {s: lambda _, s=s: cache[s].flip(0) * 1 for s in inputs}
+    made = stream.model.run(example, read=outputs, edits=put)
+    for site, mlp in zip(outputs, mlps, strict=True):
+        if not torch.allclose(made[site], cache[site].flip(0), rtol=1e-2, atol=1e-4):
+            raise ValueError(
+                f"model {stream.model.name}: what the MLP of layer {mlp.layer} writes depends on more than "
+                f"{stream.input_site(mlp)}, the site of its input, so that no edges lead into it"
+            )
+
+
 def _expected(stream: Stream, cache: ActivationCache) -> Iterator[tuple[str, Tensor]]:
     """What each site must hold, computed from the sites before it."""
     embedded = [stream.output_site(s) for s in stream.senders if s.kind in ("token", "position")]

@@ -35,6 +35,9 @@ STREAMS: tuple[ReceiverKind, ...] = ("resid_pre", "resid_mid", "resid_post")
 
 _PARTS: tuple[ReceiverKind, ...] = ("q", "k", "v")
 
+_READOUTS = ("unembed.hook_in", "head.hook_in")
+"""The site of what logits are made of: by the unembedding, or by a head of several layers (masked language models)."""
+
 
 @dataclass(frozen=True, order=True)
 class Sender:
@@ -184,6 +187,11 @@ class Stream:
             ]
             receivers += [Receiver("resid_mid", layer)] * (mlp and not parallel)
             receivers += [Receiver("mlp", layer)] * mlp + [Receiver("resid_post", layer)]
+        if known.isdisjoint(_READOUTS):
+            raise ValueError(
+                f"model {model.name} has no site at which only what its logits are made of can be changed: its output "
+                "is not made of its last stream alone, by a product with weights, so that nothing has an edge to it"
+            )
         last = "ln_final.hook_in" if "ln_final.hook_in" in known else transformer.last
         return cls(
             model, tuple(senders), (*receivers, Receiver("logits")), parallel, transformer.layers,
@@ -439,7 +447,8 @@ class Stream:
     def input_site(self, receiver: Receiver) -> str:
         """The site at which the input of this receiver alone can be changed (for a head: of its layer's heads)."""
         if receiver.kind == "logits":
-            return self._named("unembed.hook_in")
+            known = {name for s in self.model.sites for name in (s.name, *s.aliases)}
+            return self._named(next(name for name in _READOUTS if name in known))
         # A change at `hook_resid_mid` would reach the MLP only: the skip connection around the MLP is not read from
         # it. What attention adds goes both ways.
         if receiver.kind == "resid_mid":
@@ -476,7 +485,12 @@ def _require(model: HookedModel, known: set[str], layer: int, mlp: bool, middle:
         raise ValueError(
             f"model {model.name} has no site hook_embed: no single embedding of its tokens enters the stream"
         )
-    needed = [["hook_resid_pre"], ["hook_resid_post"], ["hook_attn_out", "attn.hook_out"], ["attn.hook_z"]]
+    needed = [
+        ["hook_resid_pre"],
+        ["hook_resid_post"],
+        ["hook_attn_out", "attn.hook_out"],
+        ["attn.hook_z"],
+    ]
     needed += [[f"attn.hook_{part}"] for part in _PARTS]
     needed += [["hook_mlp_out", "mlp.hook_out"]] * mlp + [["hook_resid_mid"]] * middle
     for names in needed:
