@@ -23,7 +23,7 @@ from circuits.tasks.images import ImagePairs
 from circuits.tasks.metrics import UnitActivation
 from circuits.units import Unit, Units
 from tests.conftest import seeded
-from tests.test_channel_graph import by_hand, net, runs_by_hand, task_of
+from tests.test_channel_graph import Part, by_hand, net, runs_by_hand, task_of
 
 GROUPS = {
     "plain": {"first": "relu1:0,2", "second": "relu2:1-3"},
@@ -207,3 +207,133 @@ def test_channels_that_are_made_of_each_other_are_no_group() -> None:
     assert edge_graph(model, sites, groups={"one": "join:0,1"}).sources
     with pytest.raises(ValueError, match="some of its channels are made of others"):
         edge_graph(model, sites, groups={"all": "join:*"})
+
+
+# --- offsets of kernels ------------------------------------------------------------------------------
+
+
+def kernel_of(model: HookedModel, target: str) -> nn.Conv2d | None:
+    """The layer whose kernel leads into a target of these networks."""
+    layers = {
+        "relu1": "conv1",
+        "relu2": "conv2",
+        "bn0": "conv0",
+        "bn1": "conv1",
+        "relu@2": "conv2",
+        "relu@3": "conv3",
+    }
+    found = getattr(model.module, layers.get(target, ""), None)
+    return found if isinstance(found, nn.Conv2d) else None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_offsets_edge_is_that_part_of_the_kernel(name: str) -> None:
+    """In a network whose kernel is zero elsewhere, its edge is what the source then adds."""
+    model = net(name)
+    graph, whole = edge_graph(model, offsets=True), edge_graph(model)
+    task = task_of(model)
+    (pair,) = (runs := Runs(graph, task)).pairs()
+    found = exact(runs, pair)
+    parts, clean, corrupted = runs_by_hand(model, task)
+    live, other = by_hand(parts, clean, {})[0], by_hand(parts, corrupted, {})[0]
+    base = by_hand(parts, clean, {})[1][:, 1]
+    generator, seen = torch.Generator().manual_seed(0), 0
+    for number in torch.randperm(len(graph), generator=generator)[:60].tolist():
+        source, target = graph.edges[number]
+        into, _, offset = target.rpartition("@")
+        site, channel = into.rsplit(":", 1)
+        layer = kernel_of(model, site)
+        if layer is None:
+            assert offset == "y+0x+0"
+            moved = by_hand(parts, clean, {(source, into): 1.0}, other)[1][:, 1] - base
+        else:
+            moved = (
+                moved_through(layer, offset, (source, site, channel), parts, live, other, clean)
+                - base
+            )
+            seen += 1
+        torch.testing.assert_close(found[:, number], moved, rtol=1e-9, atol=1e-10)
+    assert seen > 20
+    kernel = {e[1].rpartition("@")[0] for e in graph.edges}
+    assert kernel == set(whole.targets)
+
+
+def moved_through(
+    layer: nn.Conv2d, offset: str, edge: tuple[str, str, str], parts: list[Part],
+    live: dict[str, Tensor], other: dict[str, Tensor], clean: Tensor,
+) -> Tensor:  # fmt: skip
+    """The output where a target gets what one place of a kernel (or a shortcut, at the middle) makes of a source."""
+    source, site, channel = edge
+    y, x = (int(v) for v in offset.removeprefix("y").split("x"))
+    kept = layer.weight.detach().clone()
+    step, (high, wide) = layer.dilation, kept.shape[2:]
+    at = y // step[0] + high // 2, x // step[1] + wide // 2
+    part = next(p for p in parts if p.target == site)
+    a, i = source.rsplit(":", 1)
+    instead = dict(live) | {a: live[a].clone()}
+    instead[a][:, int(i)] = other[a][:, int(i)]
+
+    def given(sources: dict[str, Tensor]) -> Tensor:
+        return part.given(sources)
+
+    with torch.no_grad():
+        # All of the kernel, less all but one place of it: shortcuts stay in both.
+        rest = kept.clone()
+        rest[..., at[0], at[1]] = 0
+        added = given(instead) - given(live)
+        layer.weight.copy_(rest)
+        others = given(instead) - given(live)
+        layer.weight.copy_(torch.zeros_like(kept))
+        shortcut = given(instead) - given(live)
+        layer.weight.copy_(kept)
+        change = added - others + (shortcut if (y, x) == (0, 0) else 0)
+    found = {"input": clean}
+    made = clean
+    for step_part in parts:
+        made = step_part.given(found)
+        if step_part.target == site:
+            made = made.clone()
+            made[:, int(channel)] += change[:, int(channel)]
+        if step_part.source:
+            found[step_part.source] = step_part.put_out(made, found)
+    return made[:, 1].detach()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "branched", "grouped"])
+def test_offsets_add_up_to_the_kernel(name: str) -> None:
+    model = net(name)
+    graph, whole = edge_graph(model, offsets=True), edge_graph(model)
+    task = task_of(model)
+    (pair,) = (runs := Runs(graph, task)).pairs()
+    n = len(graph)
+    none, full = runs.patched(pair, torch.stack([torch.ones(n), torch.zeros(n)]))
+    assert pair.corrupted is not None
+    assert torch.equal(full, runs.value(pair.intact, pair.intact)[0])
+    assert torch.equal(none, runs.value(pair.corrupted, pair.intact)[0])
+    # All offsets of an edge off are the edge off.
+    at = [whole.index((s, t.rpartition("@")[0])) for s, t in graph.edges]
+    single = Runs(whole, task)
+    (other,) = single.pairs()
+    off = (torch.rand(4, len(whole), generator=torch.Generator().manual_seed(3)) < 0.3).double()
+    wanted = single.patched(other, off)
+    torch.testing.assert_close(runs.patched(pair, off[:, at]), wanted, rtol=1e-9, atol=1e-10)
+    # Gradient scores add up.
+    scores, sums = score_edges(graph, task, "eap").values, np.zeros((len(pair.part), len(whole)))
+    np.add.at(sums, (slice(None), at), scores)
+    np.testing.assert_allclose(sums, score_edges(whole, task, "eap").values, rtol=1e-6, atol=1e-9)
+
+
+def test_offsets_are_edges_of_a_circuit_and_no_baseline() -> None:
+    model = net("plain")
+    graph = edge_graph(model, ["input", "relu1", "relu2:1"], offsets=True)
+    assert {graph.way(t) for t in range(len(graph.targets))} >= {"@y-1x+0", "@y+2x-2"}
+    assert graph.kind("relu2:1@y-2x+0") == "relu2@y-2x+0"
+    assert str(graph.node("relu2:1@y-2x+0")) == "relu2:1"
+    again = edge_graph(model, **graph.choices)
+    assert again.edges == graph.edges
+    with pytest.raises(ValueError, match="method weights: not known"):
+        score_edges(edge_graph(model, offsets=True), task_of(model), "weights")
+    with pytest.raises(ValueError, match="offsets of kernels do not go with groups"):
+        edge_graph(model, groups=GROUPS["plain"], offsets=True)
+    with pytest.raises(ValueError, match="more than 300 edges through offsets"):
+        edge_graph(model, offsets=True, limit=300)

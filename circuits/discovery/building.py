@@ -46,6 +46,7 @@ def edge_graph(
     neurons: str = "",
     latents: Sequence[str | Units] = (),
     groups: Mapping[str, str | Units] = MappingProxyType({}),
+    offsets: bool = False,
     limit: int = LIMIT,
 ) -> EdgeGraph:
     """The edges between the parts of a model.
@@ -64,6 +65,7 @@ def edge_graph(
             of their site as one more source.
         groups: of a convolutional network: channels that are one source and one target, `SITE:NAME`, by the group's
             name: `{"curves": "mixed3a:1,2,5-9"}`.
+        offsets: of a convolutional network: whether each offset of a kernel is an edge of its own (see `ChannelGraph`).
         limit: the most edges between channels, heads and MLPs.
 
     Raises:
@@ -73,12 +75,16 @@ def edge_graph(
             channel is in two groups.
     """
     words = spans if isinstance(spans, str) else ",".join(spans)
-    graph = _built(model, sites, kv, words, neurons, latents, limit)
+    if offsets and (groups or not isinstance(model.input, ImageInput) or model.has_stream):
+        what = "groups of channels" if groups else f"{model.name}, a transformer"
+        raise ValueError(f"offsets of kernels do not go with {what}: they are of single channels")
+    graph = _built(model, sites, kv, words, neurons, latents, offsets, limit)
     if groups:
         graph = _grouped(graph, groups)
     given: dict[str, Any] = {
         "sites": [*sites], "kv": kv, "spans": words, "neurons": neurons, "latents": [*map(str, latents)],
-        "groups": {name: str(units) for name, units in groups.items()}, "limit": limit,
+        "groups": {name: str(units) for name, units in groups.items()}, "offsets": offsets,
+        "limit": limit,
     }  # fmt: skip
     usual = {"kv": "group", "limit": LIMIT}
     graph.choices = {k: v for k, v in given.items() if v and v != usual.get(k)}
@@ -108,6 +114,7 @@ def _built(
     spans: str,
     neurons: str,
     latents: Sequence[str | Units],
+    offsets: bool,
     limit: int,
 ) -> EdgeGraph:
     named = Spans.parse(spans) if spans else None
@@ -123,7 +130,7 @@ def _built(
             )
         if kv != "group":
             raise ValueError(f"kv {kv}: {model.name} is no transformer: it has no keys and values")
-        return ChannelGraph(model, tuple(sites) or None, limit=limit)
+        return ChannelGraph(model, tuple(sites) or None, offsets=offsets, limit=limit)
     if sites:
         raise ValueError(
             f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "
