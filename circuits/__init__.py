@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from circuits import (
         attribution,
         autoencoders,
+        claims,
         cleanroom,
         concepts,
         discovery,

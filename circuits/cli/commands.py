@@ -40,7 +40,7 @@ class Entry:
         return group if self.group else group.commands[self.name]
 
 
-_GROUPS = ("edit", "sae", "store", "graph", "jobs")
+_GROUPS = ("edit", "sae", "store", "graph", "jobs", "claim")
 
 _TABLE = {
     "Start here": (
@@ -78,6 +78,10 @@ _TABLE = {
         ("discover", "discovering", "Find the circuit of a task: score edges, search on one half of the examples, evaluate on the other."),
         ("evaluate", "discovering", "Measure how much of a behaviour a circuit carries, on the test half of a task, against random circuits."),
         ("compare", "discovering", "Compare two saved circuits (by name), a circuit over tasks, or over models: what is shared, what changed."),
+    ),
+    "Make claims and test them": (
+        ("verify", "verifying", "Test the claims of a file and say what stands."),
+        ("claim", "claims", "Write a claim file from a saved circuit, and list the tests that could refute claims."),
     ),
     "Edit, name and rebuild": (
         ("edit", "editing", "Write recipes of edits, measure them, and keep edits in a ledger with undo and redo."),

@@ -137,7 +137,7 @@ def keep_only(
     if how not in get_args(Outside):
         raise ValueError(f"how {how!r} is not one of {', '.join(get_args(Outside))}")
     places = keeping_sites(model, sites)
-    kept = set(_units(model, keep, places))
+    kept = set(units_kept(model, keep, places))
     outside = [u for s in places for u in map(s.unit, range(s.n_units)) if u not in kept]
     if not outside:
         return Variant(name)
@@ -188,7 +188,7 @@ def sufficiency(
     if n_random < 0:
         raise ValueError(f"n_random {n_random} must be 0 or more")
     places = keeping_sites(model, sites)
-    units = _units(model, keep, places)
+    units = units_kept(model, keep, places)
     drawn = _random_sets(model, units, places, n_random, seed)
 
     def made(kept: Sequence[Unit], name: str) -> Variant:
@@ -261,7 +261,7 @@ def keeping_sites(
     return sorted(chosen, key=lambda s: order[s.name])
 
 
-def _units(model: HookedModel, keep: Sequence[Keep], places: Sequence[Site]) -> list[Unit]:
+def units_kept(model: HookedModel, keep: Sequence[Keep], places: Sequence[Site]) -> list[Unit]:
     """All kept units, each once."""
     if isinstance(keep, str | Site | Unit):
         keep = [keep]

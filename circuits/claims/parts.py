@@ -1,0 +1,237 @@
+"""What a circuit is made of, edges or units, and the metric with some of them kept and all others ablated.
+
+Tests of claims about a circuit work with sets of parts and do not ask which kind of part they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.nulls import random_circuit
+from circuits.discovery.runs import Runs
+from circuits.discovery.searching import values_of
+from circuits.examples import BATCH
+from circuits.experiments import Variant, run
+from circuits.experiments.patched_runs import Direction
+from circuits.experiments.running import MEMORY
+from circuits.localization.subsets import Outside, keep_only, keeping_sites, units_kept
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.progress import Progress
+from circuits.tasks.task import Task
+from circuits.units import Unit
+
+Mask = Bool[np.ndarray, " part"]
+
+Ablation = Literal[
+    "counterpart", "resample", "mean", "mean-by-position", "mean-by-template", "zero"
+]
+"""What parts outside a circuit carry. Learned constants are left out: they belong to one circuit."""
+
+ABLATIONS: tuple[str, ...] = get_args(Ablation)
+
+
+@runtime_checkable
+class Parts(Protocol):
+    """The parts of a model that circuits are chosen from.
+
+    Attributes:
+        model: the model.
+        names: of the parts.
+        classes: a number for each part, shared by those of one kind in one layer.
+        word: what a part is called, in the plural.
+    """
+
+    model: HookedModel
+    word: str
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def classes(self) -> Int[np.ndarray, " part"]: ...
+
+    def mask(self, names: Sequence[str]) -> Mask:
+        """Which parts are named; KeyError if one is unknown."""
+        ...
+
+    def connected(self, kept: Mask) -> Mask:
+        """The parts that can have an effect with all others ablated."""
+        ...
+
+    def like(self, kept: Mask, rng: np.random.Generator) -> Mask:
+        """A random circuit with as many parts of each kind in each layer, connected where possible."""
+        ...
+
+    def values(
+        self,
+        circuits: Sequence[Mask],
+        task: Task,
+        ablation: Ablation,
+        direction: Direction,
+        progress: Progress | None = None,
+    ) -> Float[np.ndarray, "circuit example"]:
+        """The metric with only the parts of each circuit kept (noising), or with all others restored (denoising).
+
+        With `noising` the clean run is changed: parts outside the circuit carry what the ablation gives them. With
+        `denoising` the corrupted run is changed: parts outside the circuit carry what they carry in the clean run, so
+        that the empty circuit is the clean run.
+        """
+        ...
+
+
+class EdgeParts:
+    """Edges of a graph; see `Parts`."""
+
+    word = "edges"
+
+    def __init__(
+        self, graph: EdgeGraph, *, shift: int = 0, batch: int = BATCH, memory: int = MEMORY, seed: int = 0
+    ) -> None:  # fmt: skip
+        self.graph, self.model = graph, graph.model
+        self._settings: dict[str, Any] = {"batch": batch, "memory": memory, "seed": seed}
+        self._shift = shift
+        self._runs: dict[tuple[str, ...], Runs] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every edge, written `source -> target`."""
+        return tuple(" -> ".join(edge) for edge in self.graph.edges)
+
+    @property
+    def classes(self) -> Int[np.ndarray, " part"]:
+        """See `EdgeGraph.classes`."""
+        return self.graph.classes
+
+    def mask(self, names: Sequence[str]) -> Mask:
+        """See `Parts.mask`."""
+        return self.graph.mask(names)
+
+    def connected(self, kept: Mask) -> Mask:
+        """See `Parts.connected`."""
+        return self.graph.connected(kept)
+
+    def like(self, kept: Mask, rng: np.random.Generator) -> Mask:
+        """See `Parts.like`."""
+        return random_circuit(self.graph, kept, rng)
+
+    def values(
+        self,
+        circuits: Sequence[Mask],
+        task: Task,
+        ablation: Ablation,
+        direction: Direction,
+        progress: Progress | None = None,
+    ) -> Float[np.ndarray, "circuit example"]:
+        """See `Parts.values`."""
+        key = (task.hash, task.half, ablation)
+        if key not in self._runs:
+            shift = self._shift if ablation == "counterpart" else 0
+            self._runs[key] = Runs(
+                self.graph, task, ablation=ablation, shift=shift, **self._settings
+            )
+        return values_of(self._runs[key], circuits, progress, direction=direction)
+
+
+_OUTSIDE: Mapping[str, Outside] = {
+    "counterpart": "counterpart", "mean": "mean", "mean-by-position": "position_mean", "zero": "zero",
+}  # fmt: skip
+
+
+class UnitParts:
+    """Units at some sites, such as heads and MLPs; see `Parts`."""
+
+    word = "units"
+
+    def __init__(
+        self, model: HookedModel, sites: Sequence[str] = (), *, batch: int = BATCH, seed: int = 0
+    ) -> None:
+        self.model = model
+        self.sites = keeping_sites(model, list(sites) or None)
+        self.units: tuple[Unit, ...] = tuple(
+            site.unit(i) for site in self.sites for i in range(site.n_units)
+        )
+        self._batch, self._seed = batch, seed
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every unit, written `SITE:INDEX`."""
+        return tuple(map(str, self.units))
+
+    @property
+    def classes(self) -> Int[np.ndarray, " part"]:
+        """A number for each site."""
+        order = {site.name: i for i, site in enumerate(self.sites)}
+        return np.array([order[unit.site] for unit in self.units])
+
+    def mask(self, names: Sequence[str]) -> Mask:
+        """See `Parts.mask`; a name may be `SITE:1,2,5-9`, or a site with all of its units."""
+        kept = set(units_kept(self.model, list(names), self.sites))
+        return np.array([unit in kept for unit in self.units])
+
+    def connected(self, kept: Mask) -> Mask:
+        """All: a unit's input and output are never cut off."""
+        return kept
+
+    def like(self, kept: Mask, rng: np.random.Generator) -> Mask:
+        """See `Parts.like`: as many units of each site."""
+        return drawn_like(self.classes, kept, rng)
+
+    def values(
+        self,
+        circuits: Sequence[Mask],
+        task: Task,
+        ablation: Ablation,
+        direction: Direction,
+        progress: Progress | None = None,
+    ) -> Float[np.ndarray, "circuit example"]:
+        """See `Parts.values`.
+
+        Raises:
+            ValueError: if units cannot be ablated so.
+        """
+        if ablation not in _OUTSIDE:
+            raise ValueError(
+                f"ablation {ablation}: a circuit of units takes one of {', '.join(_OUTSIDE)}; a circuit of edges takes "
+                "all"
+            )
+        if direction == "denoising" and ablation != "counterpart":
+            raise ValueError(f"ablation {ablation}: denoising needs a run on counterparts")
+        # Whole sites in short: a variant of a network with thousands of units would else name each.
+        variants = [
+            self._variant(kept, f"circuit {i}", ablation, task) for i, kept in enumerate(circuits)
+        ]
+        outcomes = run(
+            self.model, variants, task, measures=[task.metric], corrupted=direction == "denoising", batch=self._batch,
+            seed=self._seed, progress=progress,
+        )  # fmt: skip
+        return outcomes.values[task.metric.name][1:]
+
+    def _variant(self, kept: Mask, name: str, ablation: str, task: Task) -> Variant:
+        units = [unit for unit, own in zip(self.units, kept, strict=True) if own]
+        return keep_only(
+            self.model, units, self.sites, how=_OUTSIDE[ablation], examples=task.examples, name=name
+        )
+
+
+def drawn_like(
+    classes: Int[np.ndarray, " part"],
+    kept: Mask,
+    rng: np.random.Generator,
+    among: Mask | None = None,
+) -> Mask:
+    """A random set with as many parts of each class as another, or as many as there are among some."""
+    found = np.zeros(len(kept), bool)
+    for c in np.unique(classes[kept]).tolist():
+        own = np.flatnonzero((classes == c) & (True if among is None else among))
+        n = min(int((kept & (classes == c)).sum()), len(own))
+        found[rng.choice(own, n, replace=False)] = True
+    return found
+
+
+Draw = Callable[[np.random.Generator], Mask]
+"""Draws a random set of parts."""

@@ -1,0 +1,140 @@
+"""Registration: what is claimed is written down, hashed and dated, before the examples that judge it are drawn.
+
+It is kept in the workspace's database, where nothing is changed or deleted. A claim about the same thing (model, task,
+circuit, kind, statement) has one history, in which earlier runs and changed thresholds stand; a claim that is edited
+has another hash, and starts a history of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from circuits.claims.claim import Claim, ClaimFile, digest
+from circuits.claims.settings import Settings
+from circuits.claims.subject import Subject
+from circuits.claims.verdicts import Verdict
+from circuits.database import Database
+
+KIND = "claim"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier run of a claim.
+
+    Attributes:
+        registered: when it was registered, in UTC.
+        settings: with which thresholds and choices.
+        verdict: what came out; empty if the run did not end.
+        changed: the settings that are others now, each as (then, now).
+    """
+
+    registered: str
+    settings: Mapping[str, Any]
+    verdict: str
+    changed: Mapping[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A claim as it was registered.
+
+    Attributes:
+        claim: the claim.
+        identity: the hash of what is claimed about what.
+        terms: the hash of that with thresholds, test, seed and expected verdict.
+        registered: when, in UTC.
+        earlier: earlier runs, the oldest first.
+    """
+
+    claim: Claim
+    identity: str
+    terms: str
+    registered: str
+    earlier: tuple[Earlier, ...]
+
+
+def terms_of(file: ClaimFile, claim: Claim, subject: Subject) -> tuple[str, dict[str, Any]]:
+    """What is claimed about what, hashed, and the terms under which it is tested."""
+    parts = [] if subject.parts is None or subject.kept is None else _names(subject)
+    about = {
+        "model": subject.model.hash, "task": subject.task.hash, "task_seed": subject.task.seed, "circuit": parts,
+        "ablation": subject.ablation, "shift": file.shift, "claim": claim.kind, "test": claim.test,
+        "statement": claim.statement,
+    }  # fmt: skip
+    terms = {
+        "settings": _plain(claim.settings), "seed": file.seed, "alpha": file.alpha, "tests": len(file.claims),
+        "expect": claim.expect,
+    }  # fmt: skip
+    return digest(about), terms
+
+
+def _names(subject: Subject) -> list[str]:
+    parts, kept = subject.circuit
+    return sorted(name for name, own in zip(parts.names, kept, strict=True) if own)
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
+
+
+def earlier_runs(
+    database: Database, file: ClaimFile, claim: Claim, subject: Subject
+) -> tuple[Earlier, ...]:
+    """The earlier runs of a claim, the oldest first."""
+    identity, terms = terms_of(file, claim, subject)
+    now = terms["settings"]
+    found: list[dict[str, Any]] = []
+    for record in database.history(KIND, subject.model.hash, identity):
+        body = record.body or {}
+        if body.get("event") == "registered":
+            found.append({"when": record.created, "verdict": "", **body})
+        else:  # of the last run that was registered under these terms
+            own = [run for run in found if run["hash"] == body.get("hash")]
+            if own:
+                own[-1]["verdict"] = body["verdict"]
+    return tuple(
+        Earlier(run["when"], then := run["terms"]["settings"], run["verdict"], _changed(then, now))
+        for run in found
+    )
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: (then.get(name), now.get(name))
+        for name in dict.fromkeys((*then, *now))
+        if then.get(name) != now.get(name)
+    }
+
+
+def register(
+    database: Database,
+    file: ClaimFile,
+    claim: Claim,
+    subject: Subject,
+    earlier: tuple[Earlier, ...] = (),
+) -> Registration:
+    """Write a claim down before its test half is looked at.
+
+    Raises:
+        OSError: if the database cannot be written.
+    """
+    identity, terms = terms_of(file, claim, subject)
+    hashed = digest([identity, terms])
+    body = {
+        "event": "registered",
+        "terms": terms,
+        "hash": hashed,
+        "file": file.name,
+        "claim": claim.name,
+    }
+    saved = database.save(KIND, subject.model.hash, identity, body)
+    return Registration(claim, identity, hashed, saved.created, earlier)
+
+
+def conclude(database: Database, subject: Subject, made: Registration, verdict: Verdict) -> None:
+    """Add to a claim's history how its run ended."""
+    body = {"event": "verdict", "hash": made.terms, "verdict": verdict}
+    database.save(KIND, subject.model.hash, made.identity, body)

@@ -1,0 +1,148 @@
+"""A verification as one page of HTML, which needs no other file, and as JSON."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from pathlib import Path
+
+from circuits.claims.verdicts import Quantity
+from circuits.claims.verifying import Judged, Report
+from circuits.files import replacing, write_json
+from circuits.tables import Table, between
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b;
+       background: #fff; }
+h2 { margin: 2rem 0 .3rem; font-size: 1.15rem; }
+table { border-collapse: collapse; margin: .8rem 0; font-size: .92em; width: 100%; }
+td, th { padding: .25rem .6rem; text-align: left; vertical-align: top; } tr + tr { border-top: 1px solid #ddd; }
+.verdict { font-weight: 600; padding: .1rem .5rem; border-radius: .3rem; color: #fff; white-space: nowrap; }
+.holds { background: #1a6b3c; } .refuted { background: #a3261f; } .undecided { background: #6b5900; }
+.untested { background: #555; } .stale { background: #555; }
+.note { color: #444; } svg { display: block; } pre { overflow: auto; background: #f4f4f4; padding: .6rem; }
+"""
+
+_CLASSES = {"holds": "holds", "refuted": "refuted", "undecided": "undecided", "stale": "stale"}
+
+_WIDTH, _HEIGHT, _EDGE = 220, 22, 8
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write `report.html` and `report.json` into a folder; the page's path is returned."""
+    write_json(folder / "report.json", report.to_dict())
+    path = folder / "report.html"
+    with replacing(path) as temporary:
+        temporary.write_text(page(report), "utf-8")
+    return path
+
+
+def page(report: Report) -> str:
+    """The report as HTML."""
+    file = report.file
+    summary = next(part for part in report.tables() if isinstance(part, Table))
+    rows = "".join(
+        f"<tr><td><a href='#c{i}'>{escape(j.claim.name)}</a><td>{escape(j.claim.test)}<td>{_verdict(j)}"
+        f"<td>{escape(j.claim.expect)}<td>{escape(j.why)}</tr>"
+        for i, j in enumerate(report.judged)
+    )
+    roles = "".join(
+        f"<li><b>{escape(part)}</b>: {escape(role)}" for part, role in file.roles.items()
+    )
+    head = "".join(f"<th>{escape(c)}" for c in summary.columns)
+    task = file.task.spec or "the model’s own"
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>Claims: {escape(file.name)}</title><style>{_STYLE}</style><h1>{escape(summary.title)}</h1>"
+        f"<p>{escape(file.about)}</p>"
+        + (f"<ul>{roles}</ul>" if roles else "")
+        + f"<table><tr>{head}</tr>{rows}</table><p class=note>{escape(summary.note)}</p>"
+        + "".join(_section(i, j) for i, j in enumerate(report.judged))
+        + f"<h2>Where the numbers come from</h2><p class=note>model {escape(file.model)}, hash "
+        f"{escape(report.model_hash)}; task {escape(task)}, {file.task.examples} examples,"
+        f" seed {file.task.seed}</p></html>\n"
+    )
+
+
+def _verdict(judged: Judged) -> str:
+    kind = _CLASSES.get(judged.verdict, "untested")
+    mark = "" if judged.as_expected else " (not as expected)"
+    return f"<span class='verdict {kind}'>{escape(judged.verdict)}</span>{mark}"
+
+
+def _section(i: int, judged: Judged) -> str:
+    claim, measured = judged.claim, judged.measured
+    rows = "".join(_row(q) for q in sorted(measured.quantities, key=lambda q: -q.p_holds))
+    notes = "".join(f"<p class=note>{escape(note)}.</p>" for note in measured.notes)
+    settings = ", ".join(f"{name} {value}" for name, value in claim.settings.items())
+    table = (
+        "<table><tr><th>number<th>value<th>interval, and the claimed region (grey)<th>claimed<th>p for<th>p against"
+        f"<th>null</tr>{rows}</table>"
+        if rows
+        else ""
+    )
+    expected = (
+        f"<p>It is here although it is expected to be refuted: {escape(claim.why)}</p>"
+        if claim.why
+        else ""
+    )
+    return (
+        f"<h2 id=c{i}>{escape(claim.name)} {_verdict(judged)}</h2><p>{escape(claim.statement)}</p>{expected}"
+        f"<p>{escape(judged.why)}.</p>{table}{notes}"
+        f"<p class=note>Test {escape(claim.test)} ({escape(settings)}); {escape(measured.examples)}; seed "
+        f"{measured.seed}. {_history(judged)}</p>"
+    )
+
+
+def _history(judged: Judged) -> str:
+    made = judged.registration
+    if made is None:
+        return "Not registered."
+    said = f"Registered {escape(made.registered)} as {made.terms[:16]}. "
+    if not made.earlier:
+        return said + "No earlier run."
+    runs = "; ".join(
+        f"{escape(run.registered)} {escape(run.verdict or 'not ended')}"
+        + "".join(
+            f", {escape(k)} was {escape(str(a))}, is {escape(str(b))}"
+            for k, (a, b) in run.changed.items()
+        )
+        for run in made.earlier
+    )
+    return f"{said}Earlier runs: {runs}."
+
+
+def _row(q: Quantity) -> str:
+    null = (
+        f"{between(min(q.null), max(q.null))} ({escape(q.null_is)}, {len(q.null)})"
+        if q.null
+        else ""
+    )
+    interval = "exact" if q.exact else between(q.low, q.high)
+    return (
+        f"<tr><td>{escape(q.name)}<td>{q.value:.4g} {escape(q.unit)}<td>{_bar(q)}{escape(interval)}<td>"
+        f"{escape(str(q.region))}<td>{q.p_holds:.3g}<td>{q.p_refuted:.3g}<td>{null}</tr>"
+    )
+
+
+def _bar(q: Quantity) -> str:
+    """The interval as a line over the claimed region, in a drawing with a text for readers who do not see it."""
+    ends = [v for v in (q.low, q.high, q.value, q.region.low, q.region.high) if math.isfinite(v)]
+    low, high = min(ends), max(ends)
+    margin = 0.15 * (high - low) or max(abs(low), 1) * 0.1
+    low, high = low - margin, high + margin
+
+    def at(value: float) -> float:
+        share = (min(max(value, low), high) - low) / (high - low)
+        return round(_EDGE + share * (_WIDTH - 2 * _EDGE), 1)
+
+    left, right, middle = at(q.region.low), at(q.region.high), _HEIGHT / 2
+    line = ""
+    if math.isfinite(q.low) and math.isfinite(q.high):
+        line = f"<line x1={at(q.low)} x2={at(q.high)} y1={middle} y2={middle} stroke='#1b1b1b' stroke-width=2 />"
+    said = f"{q.value:.3g}, interval {between(q.low, q.high)}, claimed {q.region}"
+    return (
+        f"<svg width={_WIDTH} height={_HEIGHT} role=img aria-label='{escape(said)}'><rect x={left} y=2 "
+        f"width={max(1.0, right - left):.1f} height={_HEIGHT - 4} fill='#d9d9d9' />{line}<circle cx={at(q.value)} "
+        f"cy={middle} r=4 fill='#1b1b1b' /></svg>"
+    )

@@ -1,0 +1,265 @@
+"""What claims are about, loaded: a model, its tasks, a circuit, and the metric of circuits, computed once each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from circuits.claims.claim import CircuitSpec, ClaimFile, TaskSpec
+from circuits.claims.evidence import Mean, Ratio
+from circuits.claims.parts import ABLATIONS, Ablation, EdgeParts, Mask, Parts, UnitParts
+from circuits.discovery import edge_graph, edges_of
+from circuits.discovery.evaluating import check_apart
+from circuits.discovery.formats import read_edges
+from circuits.discovery.found import check_not_found_on, graph_of
+from circuits.experiments.patched_runs import Direction
+from circuits.experiments.statistics import LEVEL
+from circuits.graph.circuit import CircuitGraph
+from circuits.graph.saved import load_circuit
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.progress import Progress
+from circuits.tables import between
+from circuits.tasks.builtin import load_task
+from circuits.tasks.metrics import Metric
+from circuits.tasks.task import Task
+from circuits.workspace import Workspace
+
+Values = Float[np.ndarray, " example"]
+
+RESTORABLE: tuple[Ablation, ...] = ("counterpart", "resample")
+"""Ablations that give parts what they carry in another run, so that the circuit can be restored in that run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model, a task and a circuit.
+
+    Attributes:
+        model: the model.
+        task: the whole task.
+        parts: what the circuit is chosen from; None if claims need no circuit.
+        kept: the circuit; None if there is none.
+        ablation: what everything outside carries.
+        seed: of everything random.
+        found: the saved circuit that it is, with the examples on which it was found; None of others.
+        task_spec: how the task is made.
+        place: the workspace in which circuits are saved.
+        folder: where files that claims name are looked for.
+        progress: called with the work done and the total of one measurement.
+    """
+
+    model: HookedModel
+    task: Task
+    parts: Parts | None = None
+    kept: Mask | None = None
+    ablation: Ablation = "counterpart"
+    seed: int = 0
+    found: CircuitGraph | None = None
+    task_spec: TaskSpec = field(default_factory=TaskSpec)
+    place: Workspace = field(default_factory=Workspace.default)
+    folder: Path = Path()
+    progress: Progress | None = None
+    _known: dict[tuple[str, str, str, str, bytes], Values] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.ablation not in ABLATIONS:
+            raise ValueError(f"ablation {self.ablation!r}: expected one of {', '.join(ABLATIONS)}")
+
+    @cached_property
+    def test(self) -> Task:
+        """The half of the task on which claims are judged.
+
+        Raises:
+            ValueError: if the circuit was found on one of its examples.
+        """
+        half = self.task.test
+        if self.found is not None:
+            check_not_found_on(self.found, half)
+        return half
+
+    @property
+    def find(self) -> Task:
+        """The half on which thresholds, subsets and directions may be chosen."""
+        check_apart(self.task.find, self.test)
+        return self.task.find
+
+    @property
+    def circuit(self) -> tuple[Parts, Mask]:
+        """The parts and which of them are the circuit.
+
+        Raises:
+            ValueError: if the claims have no circuit.
+        """
+        if self.parts is None or self.kept is None:
+            raise ValueError("the test needs a circuit: expected `circuit` in the claim file")
+        return self.parts, self.kept
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """In which runs circuits can be tested under the ablation."""
+        return ("noising", "denoising") if self.ablation in RESTORABLE else ("noising",)
+
+    # --- numbers ---------------------------------------------------------------------------------
+
+    def values(
+        self,
+        circuits: Sequence[Mask],
+        *,
+        task: Task | None = None,
+        metric: Metric | None = None,
+        ablation: Ablation | None = None,
+        direction: Direction = "noising",
+    ) -> Float[np.ndarray, "circuit example"]:
+        """The metric of circuits on each example; see `Parts.values`.
+
+        Args:
+            circuits: which parts each keeps.
+            task: on which examples; the test half if None.
+            metric: what is measured; the task's metric if None.
+            ablation: what other parts carry; that of the claims if None.
+            direction: in which run.
+        """
+        parts, _ = self.circuit
+        task, ablation = task or self.test, ablation or self.ablation
+        if metric is not None:
+            task = task.with_metric(metric)
+        keys = [
+            (task.hash, task.half, ablation, direction, np.packbits(c).tobytes()) for c in circuits
+        ]
+        new = list(dict.fromkeys(k for k in keys if k not in self._known))
+        if new:
+            masks = [circuits[keys.index(k)] for k in new]
+            made = parts.values(masks, task, ablation, direction, self.progress)
+            self._known.update(zip(new, made, strict=True))
+        return np.stack([self._known[k] for k in keys])
+
+    def ends(
+        self,
+        task: Task | None = None,
+        metric: Metric | None = None,
+        ablation: Ablation | None = None,
+    ) -> tuple[Values, Values]:
+        """The metric without any part, m(0), and with all, m(N), on each example."""
+        parts, _ = self.circuit
+        n = len(parts.names)
+        none, full = np.zeros(n, bool), np.ones(n, bool)
+        empty, whole = self.values([none, full], task=task, metric=metric, ablation=ablation)
+        return empty, whole
+
+    def restored(self, circuit: Mask, *, task: Task | None = None) -> Values:
+        """The metric in the corrupted run with a circuit restored."""
+        return self.values([~circuit], task=task, direction="denoising")[0]
+
+    def faithfulness(
+        self, values: Values, task: Task | None = None, ablation: Ablation | None = None
+    ) -> Ratio:
+        """f = (m(C) - m(0)) / (m(N) - m(0)), a ratio of means over examples."""
+        empty, whole = self.ends(task, ablation=ablation)
+        return Ratio(values - empty, whole - empty, (task or self.test).clusters)
+
+    def no_effect(
+        self, task: Task | None = None, ablation: Ablation | None = None, level: float = LEVEL
+    ) -> str:
+        """Why nothing can be tested: the model's own effect cannot be told from 0; empty if it can."""
+        task = task or self.test
+        empty, whole = self.ends(task, ablation=ablation)
+        effect = Mean(whole - empty, task.clusters)
+        low, high = effect.interval(level)
+        if low > 0 or high < 0:
+            return ""
+        return (
+            f"the model's own effect on {task.name}, {effect.value:.3g} {task.metric.unit or task.metric.name} "
+            f"(interval {between(low, high)}), cannot be told from 0 under {ablation or self.ablation} ablation"
+        )
+
+    def said(self, task: Task | None = None) -> str:
+        """On which examples something is measured, in words."""
+        task = task or self.test
+        return f"{len(task)} examples of {task.name} ({task.half} half), {len(set(task.clusters))} independent"
+
+
+# --- loading -----------------------------------------------------------------------------------------
+
+
+def load_claims_task(model: HookedModel, spec: TaskSpec) -> Task:
+    """The task that claims are about.
+
+    Raises:
+        KeyError, FileNotFoundError, ValueError: as `load_task`.
+    """
+    return load_task(
+        model, spec.spec, n=spec.examples, seed=spec.seed, metric=spec.metric, data=spec.data
+    )
+
+
+def subject_of(
+    file: ClaimFile, model: HookedModel, place: Workspace, folder: Path, task: Task | None = None
+) -> Subject:
+    """What the claims of a file are about.
+
+    Args:
+        file: the claims.
+        model: their model.
+        task_spec: how the task is made.
+        place: the workspace in which circuits are saved.
+        folder: the file's folder, in which files that it names are looked for.
+        task: the task, if it was made before.
+
+    Raises:
+        KeyError: if the circuit has parts that the model lacks.
+        FileNotFoundError: if a file is missing.
+        ValueError: if something does not fit.
+    """
+    task = task or load_claims_task(model, file.task)
+    subject = Subject(
+        model, task, ablation=_ablation(file.ablation), seed=file.seed, task_spec=file.task, place=place,
+        folder=folder,
+    )  # fmt: skip
+    if not file.circuit.given:
+        return subject
+    parts, kept, found = circuit_of(file.circuit, model, place, folder, file.shift, file.seed)
+    if not kept.any():
+        raise ValueError("circuit: it has no parts; expected at least one")
+    return replace(subject, parts=parts, kept=kept, found=found)
+
+
+def _ablation(name: str) -> Ablation:
+    for known in ABLATIONS:
+        if name == known:
+            return known  # type: ignore[return-value]
+    raise ValueError(f"ablation {name!r}: expected one of {', '.join(ABLATIONS)}")
+
+
+def circuit_of(
+    spec: CircuitSpec,
+    model: HookedModel,
+    place: Workspace,
+    folder: Path,
+    shift: int = 0,
+    seed: int = 0,
+) -> tuple[Parts, Mask, CircuitGraph | None]:
+    """A circuit by its description: what it is chosen from, which parts it has, and the saved circuit it is."""
+    if spec.units:
+        parts: Parts = UnitParts(model, spec.sites, seed=seed)
+        return parts, parts.mask(spec.units), None
+    if spec.saved:
+        found = load_circuit(place.database, spec.saved, model.hash)
+        graph = graph_of(found, model)
+        return EdgeParts(graph, shift=shift, seed=seed), graph.mask(edges_of(found)), found
+    graph = edge_graph(model, **_grain(spec.graph))
+    kept = read_edges(str(folder / spec.file), graph).kept if spec.file else graph.mask(spec.edges)
+    return EdgeParts(graph, shift=shift, seed=seed), kept, None
+
+
+def _grain(graph: Mapping[str, Any]) -> dict[str, Any]:
+    known = ("sites", "kv", "spans", "neurons", "latents", "limit")
+    unknown = next((name for name in graph if name not in known), None)
+    if unknown is not None:
+        raise ValueError(f"circuit.graph: {unknown!r} is unknown; expected {', '.join(known)}")
+    return dict(graph)

@@ -1,0 +1,213 @@
+"""`verify`: run every test of a claim file, and say what stands."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from circuits.claims.catalogue import TESTS
+from circuits.claims.claim import Claim, ClaimFile
+from circuits.claims.files import to_yaml
+from circuits.claims.registration import Registration, conclude, earlier_runs, register
+from circuits.claims.subject import Subject, load_claims_task, subject_of
+from circuits.claims.verdicts import Level, Measured, Verdict, exit_code
+from circuits.files import Keep, finite, keeping, make_now
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
+from circuits.progress import Progress
+from circuits.tables import Table, between, spread
+from circuits.workspace import Workspace
+
+Stage = Callable[[str], Progress | None]
+"""Gives the progress of a stage of the work, by its name."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim with its verdict.
+
+    Attributes:
+        claim: the claim.
+        verdict: what came out.
+        why: why, in a sentence.
+        measured: what was measured.
+        registration: when and as what it was registered; None of a stale claim, which is not tested.
+    """
+
+    claim: Claim
+    verdict: Verdict
+    why: str
+    measured: Measured
+    registration: Registration | None = None
+
+    @property
+    def as_expected(self) -> bool:
+        """Whether the verdict is the one that the claim's author expects."""
+        return self.verdict == self.claim.expect
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, but for numbers that are not finite."""
+        made = self.registration
+        return {
+            "name": self.claim.name, "claim": self.claim.kind, "test": self.claim.test,
+            "statement": self.claim.statement, "with": dict(self.claim.settings), "expect": self.claim.expect,
+            "why_expected": self.claim.why, "verdict": self.verdict, "as_expected": self.as_expected, "why": self.why,
+            "measured": self.measured.to_dict(),
+            "registered": None if made is None else made.registered, "hash": None if made is None else made.terms,
+            "earlier": [] if made is None else [
+                {
+                    "registered": e.registered, "verdict": e.verdict,
+                    "changed": {name: list(values) for name, values in e.changed.items()},
+                }
+                for e in made.earlier
+            ],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """What stands of a claim file.
+
+    Attributes:
+        file: the claims.
+        model_hash: the model's hash now.
+        judged: the claims with their verdicts, in the file's order.
+        circuit: how large the circuit is, in words; empty without one.
+    """
+
+    file: ClaimFile
+    model_hash: str
+    judged: tuple[Judged, ...]
+    circuit: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """See `verdicts.exit_code`."""
+        return exit_code([(j.verdict, j.claim.expect) for j in self.judged])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; None for what is not finite."""
+        return finite({
+            "file": to_yaml(self.file), "model_hash": self.model_hash, "circuit": self.circuit,
+            "circuits_version": version("circuits-workbench"), "exit_code": self.exit_code,
+            "claims": [j.to_dict() for j in self.judged],
+        })  # fmt: skip
+
+    def tables(self) -> Iterator[Table | str]:
+        """The verdicts, and the numbers behind each."""
+        file = self.file
+        level = Level(file.alpha, len(file.claims))
+        rows = [
+            (j.claim.name, j.claim.test, j.verdict, j.claim.expect + ("" if j.as_expected else " (!)"), j.why)
+            for j in self.judged
+        ]  # fmt: skip
+        title = f"{file.name}: {file.model}" + (
+            f", {self.circuit}, {file.ablation} ablation" if self.circuit else ""
+        )
+        note = (
+            f"{len(file.claims)} tests; the chance of any wrong verdict is at most {file.alpha:g} (Bonferroni: each at "
+            f"{1 - level.each:.2g}); intervals are of the level {level.each:.4g}; seed {file.seed}"
+        )
+        yield Table(("claim", "test", "verdict", "expected", "why"), rows, title, note)
+        for judged in self.judged:
+            yield from _details(judged)
+
+
+_SHOWN = 8
+
+
+def _details(judged: Judged) -> Iterator[Table | str]:
+    """The numbers of one claim, its notes, and its history."""
+    measured = judged.measured
+    by_doubt = sorted(measured.quantities, key=lambda q: -q.p_holds)[:_SHOWN]
+    rows = [
+        (q.name, q.value, between(q.low, q.high), str(q.region), q.p_holds, q.p_refuted, spread(q.null))
+        for q in by_doubt
+    ]  # fmt: skip
+    if rows:
+        columns = ("number", "value", "interval", "claimed", "p (for)", "p (against)", "null")
+        left = len(measured.quantities) - len(rows)
+        note = measured.examples + (f"; {left} more numbers that hold more surely" if left else "")
+        yield Table(columns, rows, f"{judged.claim.name}: {judged.verdict}", note)
+    yield from measured.notes
+    made = judged.registration
+    for run in () if made is None else made.earlier:
+        changed = ", ".join(
+            f"{name} was {then}, is {now}" for name, (then, now) in run.changed.items()
+        )
+        yield (
+            f"{judged.claim.name}: tested before, registered {run.registered}, {run.verdict or 'not ended'}"
+            + (f"; changed since: {changed}" if changed else "; with the same settings")
+        )
+
+
+def verify(
+    file: ClaimFile,
+    place: Workspace,
+    *,
+    folder: str | Path = ".",
+    model: HookedModel | None = None,
+    stage: Stage = lambda name: None,
+) -> Report:
+    """Test every claim of a file.
+
+    Each claim is registered before the `test` half of the examples is looked at. Work that is stopped goes on where it
+    was when the same file is verified again.
+
+    Args:
+        file: the claims.
+        place: the workspace: saved circuits, the register, and what is kept of stopped work.
+        folder: where files that the claim file names are looked for.
+        model: the model, if it is loaded; it is loaded as the file says if None.
+        stage: gives the progress of each test.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: if the model, the task, the circuit or a setting does not fit; nothing
+            is registered then.
+        OSError: if the workspace cannot be written.
+    """
+    model = model or load_model(file.model, Path(folder) / file.weights if file.weights else None)
+    if not model.has_hash(file.model_hash):
+        why = f"the model's hash is {model.hash[:16]} now, the claims are about {file.model_hash[:16]}"
+        stale = tuple(Judged(c, "stale", why, Measured(())) for c in file.claims)
+        return Report(file, model.hash, stale)
+    task = load_claims_task(model, file.task)
+    subject = subject_of(file, model, place, Path(folder), task)
+    level = Level(file.alpha, len(file.claims))
+    database = place.writable().database
+    # What came before is read first: claims of one file that differ in their settings only share a history.
+    before = [earlier_runs(database, file, claim, subject) for claim in file.claims]
+    made = [
+        register(database, file, claim, subject, runs)
+        for claim, runs in zip(file.claims, before, strict=True)
+    ]
+    work = place.model_folder(model.hash) / "claims"
+    judged = []
+    for one in made:
+        own = work / one.terms[:16]
+        own.mkdir(parents=True, exist_ok=True)
+        judged.append(_judged(one, subject, level, stage, keeping(own)))
+        conclude(database, subject, one, judged[-1].verdict)
+    for one in made:  # all is in the report now: the next verification computes everything again
+        shutil.rmtree(work / one.terms[:16], ignore_errors=True)
+    size = "" if subject.kept is None or subject.parts is None else (
+        f"{int(subject.kept.sum())} of {len(subject.kept)} {subject.parts.word}"
+    )  # fmt: skip
+    return Report(file, model.hash, tuple(judged), size)
+
+
+def _judged(
+    made: Registration, subject: Subject, level: Level, stage: Stage, keep: Keep = make_now
+) -> Judged:
+    claim = made.claim
+    with_progress = replace(subject, progress=stage(claim.name))
+    raw = keep(
+        "measured", lambda: TESTS[claim.test].run(with_progress, claim.settings, level).to_dict()
+    )
+    measured = Measured.from_dict(raw)
+    verdict, why = measured.verdict(level.alpha)
+    return Judged(claim, verdict, why, measured, made)
