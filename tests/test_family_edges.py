@@ -12,12 +12,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import circuits
+from circuits.autoencoders import Autoencoder
 from circuits.discovery import Runs, edge_graph
 from circuits.discovery.streams import StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.tasks import Task
 from tests.test_discovery import weighed
+from tests.test_grains import coded
 from tests.test_paths import drawn, pairs
 from tests.transformer_families import (
     CONTEXT,
@@ -297,3 +300,45 @@ def test_latent_attention_has_no_edges_of_heads() -> None:
     model = HookedModel(inner, TokenInput(N_VOCAB, CONTEXT), "deepseek-v2")
     with pytest.raises(ValueError, match="has no matrix W_K: between its heads and the stream"):
         edge_graph(model)
+
+
+# --- the site of what only the MLP reads ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["cohere", "olmo2", "gpt-oss"])
+def test_what_the_mlp_alone_reads_is_changed_and_attributed_there(family: str) -> None:
+    """The same tensor goes to attention or the skip connection, which a change of the site does not reach."""
+    inner, site = huggingface_model(family), "blocks.0.mlp.hook_in"
+    model = HookedModel(inner, TokenInput(N_VOCAB, CONTEXT), family)
+    tokens, _ = drawn()
+    read = model.run(tokens, read=[site])[site]
+
+    def by_hand(value: Tensor) -> Tensor:
+        hook = inner.model.layers[0].mlp.register_forward_pre_hook(lambda *_: (value,))
+        with torch.no_grad():
+            made = inner(tokens).logits
+        hook.remove()
+        return made
+
+    cut = read.clone()
+    cut[..., 1] = 0
+    with circuits.edited(model, [circuits.edits.zero(f"{site}:1")]):
+        torch.testing.assert_close(model.logits(tokens), by_hand(cut), rtol=1e-4, atol=1e-5)
+    found = circuits.attribute(model, tokens, "token:3", site, check=0).values
+    step = torch.zeros_like(read)
+    for place in ((0, 2, 3), (1, 6, 7), (2, 5, 1)):
+        step.zero_()[place] = 3e-3
+        up, down = (by_hand(read + sign * step)[place[0], -1, 3] for sign in (1, -1))
+        wanted = (up - down) / 6e-3 * read[place]
+        torch.testing.assert_close(found[place], wanted, rtol=2e-2, atol=1e-3)
+    with_code = coded(model, site)
+    assert torch.equal(with_code.logits(tokens), model.logits(tokens))
+    code = with_code.module.get_submodule("sae/code.code")
+    assert isinstance(code, Autoencoder)
+    with torch.no_grad():
+        latents = code.encode(read)
+        moved = read - latents[..., 4:5] * code.W_dec[4]
+    with circuits.edited(with_code, [circuits.edits.zero("sae/code:4")]):
+        found = with_code.logits(tokens)
+    assert bool((latents[..., 4] > 0).any())
+    torch.testing.assert_close(found, by_hand(moved), rtol=1e-4, atol=1e-5)

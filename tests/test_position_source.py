@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_rolled_positions_are_edges_of_a_module_of_ones_own() -> None:
     some[1, edges.index(("position", "logits"))] = 1
     some[2, edges.index(("position", "mlp:0"))] = 1
     found = runs.patched(pair, some)
-    inside = module.transformer
+    inside: Any = module.transformer
     with torch.no_grad():
         ids = torch.arange(clean.shape[1])
         moved = inside.wpe(ids).roll(1, 0) - inside.wpe(ids)

@@ -419,8 +419,7 @@ class Stream:
         if sender.kind == "position":
             return self._named("hook_pos_embed")
         # What enters the first layer is that of the tokens, if nothing shows their embedding by itself.
-        known = {name for s in self.model.sites for name in (s.name, *s.aliases)}
-        return self._named("hook_embed") if "hook_embed" in known else self.layers[0].before
+        return self._named("hook_embed") if "hook_embed" in self._known else self.layers[0].before
 
     def heads_site(self, layer: int) -> str:
         """The site of a layer's heads, before their output weights W_O."""
@@ -447,8 +446,7 @@ class Stream:
     def input_site(self, receiver: Receiver) -> str:
         """The site at which the input of this receiver alone can be changed (for a head: of its layer's heads)."""
         if receiver.kind == "logits":
-            known = {name for s in self.model.sites for name in (s.name, *s.aliases)}
-            return self._named(next(name for name in _READOUTS if name in known))
+            return self._named(next(name for name in _READOUTS if name in self._known))
         # A change at `hook_resid_mid` would reach the MLP only: the skip connection around the MLP is not read from
         # it. What attention adds goes both ways.
         if receiver.kind == "resid_mid":
@@ -463,6 +461,11 @@ class Stream:
             return self.stream_site(receiver)
         inner = "mlp.hook_in" if receiver.kind == "mlp" else f"attn.hook_{receiver.kind}"
         return self._named(f"blocks.{receiver.layer}.{inner}")
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        """All names of the model's sites."""
+        return frozenset(name for s in self.model.sites for name in (s.name, *s.aliases))
 
     def _named(self, site: str) -> str:
         """A site's own name, by any of its names."""
