@@ -21,13 +21,13 @@ _TRIES = 20
 def random_circuits(subject: Subject, settings: Settings, level: Level) -> Measured:
     """In how many random circuits of like size, layers and kinds |1 - f| is larger than in the circuit."""
     if why := subject.no_effect(level=level.each):
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     parts, kept = subject.circuit
     rng = np.random.default_rng(subject.seed)
     drawn, same = _different(lambda: parts.like(kept, rng), kept, settings["circuits"])
     if not drawn:
         why = "there is no other circuit of its size, layers and kinds to compare with"
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     values = subject.values([kept, *drawn])
     f = np.array([subject.faithfulness(row).value for row in values])
     off = np.abs(1 - f)
@@ -44,7 +44,7 @@ def random_circuits(subject: Subject, settings: Settings, level: Level) -> Measu
 def _beaten(worse: np.ndarray, null: np.ndarray, settings: Settings, level: Level) -> Quantity:
     return quantity(
         "share of random circuits that are worse", Share(worse.astype(float), range(len(worse))),
-        Region(low=settings["least"]), level, n=len(worse), clusters=len(worse), null=tuple(null.tolist()),
+        Region(low=settings["least"]), level, null=tuple(null.tolist()),
         null_is="random circuits of the same size, layers and kinds",
     )  # fmt: skip
 
@@ -75,7 +75,7 @@ def partial_necessity(subject: Subject, settings: Settings, level: Level) -> Mea
     Shi et al. (2024). They are drawn from the whole model or from what is outside the circuit.
     """
     if why := subject.no_effect(level=level.each):
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     parts, kept = subject.circuit
     rng = np.random.default_rng(subject.seed)
     among = ~kept if settings["drawn_from"] == "complement" else None
@@ -85,7 +85,7 @@ def partial_necessity(subject: Subject, settings: Settings, level: Level) -> Mea
     drawn = [one for one in drawn if one.any()]
     if not drawn:
         why = "there are no other parts of its layers and kinds to compare with"
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     values = subject.values([~kept, *(~one for one in drawn)])
     lost = 1 - np.array([subject.faithfulness(row).value for row in values])
     found = _beaten(lost[1:] < lost[0] - 1e-9 * abs(lost[0]), lost[1:], settings, level)
@@ -109,14 +109,14 @@ def partial_necessity(subject: Subject, settings: Settings, level: Level) -> Mea
 def knockout(subject: Subject, settings: Settings, level: Level) -> Measured:
     """What is left of the effect without the circuit, in both runs: near 0 if nothing else carries the behaviour."""
     if why := subject.no_effect(level=level.each):
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     _, kept = subject.circuit
     found = []
     for direction in subject.directions:
         values = subject.values([~kept])[0] if direction == "noising" else subject.restored(~kept)
         found.append(quantity(
             f"faithfulness of all else ({direction})", subject.faithfulness(values), Region(high=settings["most"]),
-            level, parts=len(subject.directions), n=len(values), clusters=len(set(subject.test.clusters)),
+            level, parts=len(subject.directions),
         ))  # fmt: skip
     note = (
         "noising shows what the circuit takes away from the clean run; denoising, what all else restores in the "
@@ -130,12 +130,12 @@ def swapped_answers(subject: Subject, settings: Settings, level: Level) -> Measu
     parts, kept = subject.circuit
     if not isinstance(parts, EdgeParts):
         why = "a circuit of units is not searched for: the test is about circuits of edges"
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     if why := subject.no_effect(level=level.each):
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     if not subject.find.compared:
         why = f"task {subject.task.name} names no wrong answers to swap with the right ones"
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     scores = score_edges(
         parts.graph, swapped(subject.find, subject.seed), settings["method"], ablation=subject.ablation,
         seed=subject.seed,
@@ -145,8 +145,7 @@ def swapped_answers(subject: Subject, settings: Settings, level: Level) -> Measu
     empty, whole = subject.ends()
     found = quantity(
         "faithfulness of the circuit less that of the swapped search",
-        Ratio(own - theirs, whole - empty, subject.test.clusters), Region(low=settings["least"]), level, n=len(own),
-        clusters=len(set(subject.test.clusters)),
+        Ratio(own - theirs, whole - empty, subject.test.clusters), Region(low=settings["least"]), level,
     )  # fmt: skip
     f = subject.faithfulness(theirs).value
     note = f"the circuit of {int(other.sum())} edges that was found with answers swapped has a faithfulness of {f:.3g}"

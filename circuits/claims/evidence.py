@@ -55,6 +55,11 @@ class Evidence(Protocol):
         """The estimate."""
         ...
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """The number of examples, and how many of them are independent; zeros where nothing was sampled."""
+        ...
+
     def above(self, bound: float) -> float:
         """The p-value of the test that the number is at most `bound`, against that it is larger."""
         ...
@@ -121,6 +126,11 @@ class Mean:
         return mean, float(np.sqrt(n / (n - 1) * (off**2).sum()) / counts.sum()), n
 
     @property
+    def size(self) -> tuple[int, int]:
+        """See `Evidence.size`."""
+        return len(self.values), len(set(self.clusters))
+
+    @property
     def value(self) -> float:
         """The mean."""
         return self._sums[0]
@@ -177,6 +187,11 @@ class Ratio:
     top: Float[np.ndarray, " example"]
     bottom: Float[np.ndarray, " example"]
     clusters: Sequence[int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """See `Evidence.size`."""
+        return len(self.top), len(set(self.clusters))
 
     @property
     def value(self) -> float:
@@ -249,6 +264,11 @@ class Share:
         return round(float((sums / counts).sum()), 9), len(counts)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """See `Evidence.size`."""
+        return len(self.values), len(set(self.clusters))
+
+    @property
     def value(self) -> float:
         """The mean over clusters."""
         total, n = self._sums
@@ -287,6 +307,11 @@ class Known:
     """
 
     value: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Zeros: nothing was sampled."""
+        return 0, 0
 
     def above(self, bound: float) -> float:
         """0 if the number is at least `bound`, else 1."""

@@ -82,7 +82,7 @@ def specificity(subject: Subject, settings: Settings, level: Level) -> Measured:
     parts, kept = subject.circuit
     if not isinstance(parts, EdgeParts):
         why = "specificity is measured of circuits of edges"
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     others = {spec: other_task(subject, spec) for spec in settings["tasks"]}
     tasks = {subject.task.name: subject.test, **others}
     circuits = {"the circuit": kept, **_further(subject, settings["circuits"])}
@@ -95,13 +95,12 @@ def specificity(subject: Subject, settings: Settings, level: Level) -> Measured:
         low, high = Mean(rows[0].effect, rows[0].clusters).interval(level.each)
         if not (low > 0 or high < 0):
             why = f"the model's own effect on {name} cannot be told from 0 under mean ablation"
-            return Measured((), subject.said(), subject.seed, untestable=why)
+            return subject.cannot(why)
     own = subject.task.name
     found = [
         quantity(
             f"damage to {name}", rows[0].share,
             Region(low=settings["own"]) if name == own else Region(high=settings["others"]), level, parts=len(made),
-            n=len(rows[0].lost), clusters=len(set(rows[0].clusters)),
         )
         for name, rows in made.items()
     ]  # fmt: skip

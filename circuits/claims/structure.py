@@ -39,7 +39,7 @@ def completeness(subject: Subject, settings: Settings, level: Level) -> Measured
     the `find` half; all are judged on the `test` half.
     """
     if why := subject.no_effect(level=level.each):
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     chosen = _subsets(subject, settings)
     _, kept = subject.circuit
     own = subject.values([kept & ~k for k in chosen.values()])
@@ -50,7 +50,6 @@ def completeness(subject: Subject, settings: Settings, level: Level) -> Measured
         quantity(
             f"F(C \\ K) - F(M \\ K), {name} ({int(k.sum())} parts)",
             Ratio(own[i] - model[i], whole - empty, subject.test.clusters), bound, level, parts=len(chosen),
-            n=own.shape[1], clusters=len(set(subject.test.clusters)),
         )
         for i, (name, k) in enumerate(chosen.items())
     ]  # fmt: skip
@@ -102,7 +101,7 @@ def _worst_on_find(subject: Subject, steps: int) -> list[Mask]:
 def minimality(subject: Subject, settings: Settings, level: Level) -> Measured:
     """Whether parts could be left out: some part is needed < each is < no subset < no smaller circuit does the job."""
     if why := subject.no_effect(level=level.each):
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     tests = {
         "some": _some_needed, "each": _each_needed, "subset": _no_subset, "smallest": _none_smaller,
     }  # fmt: skip
@@ -154,8 +153,7 @@ def _needed(
     drops = _drops(subject, kept, fewer, subject.test)
     found = [
         quantity(
-            f"faithfulness lost without {parts.names[part]}", drop, region, level, parts=len(drops),
-            n=len(subject.test), clusters=len(set(subject.test.clusters)), null=null,
+            f"faithfulness lost without {parts.names[part]}", drop, region, level, parts=len(drops), null=null,
             null_is="random parts that were added to the circuit",
         )
         for part, drop in zip(which, drops, strict=True)
@@ -226,13 +224,10 @@ def _none_faithful(
         one[list(some)] = True
         masks.append(one)
     if not masks:
-        return Measured(
-            (), subject.said(), subject.seed, untestable="there is no smaller circuit to try"
-        )
+        return subject.cannot("there is no smaller circuit to try")
     values = subject.values(masks)
     made = partial(
-        quantity, region=Region(high=FAITHFUL), level=level, parts=len(masks), n=values.shape[1],
-        clusters=len(set(subject.test.clusters)),
+        quantity, region=Region(high=FAITHFUL), level=level, parts=len(masks),
     )  # fmt: skip
     found = [
         made(f"faithfulness of {int(mask.sum())} {parts.word}", subject.faithfulness(row))
@@ -262,7 +257,7 @@ def stable(subject: Subject, settings: Settings, level: Level) -> Measured:
     parts, kept = subject.circuit
     if not isinstance(parts, EdgeParts):
         why = "a circuit of units is not searched for: the test is about circuits of edges"
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     graph, size = parts.graph, int(kept.sum())
     scores = score_edges(
         graph, subject.find, settings["method"], ablation=subject.ablation, seed=subject.seed
@@ -279,7 +274,7 @@ def stable(subject: Subject, settings: Settings, level: Level) -> Measured:
     with_it = np.array([shared(one, kept) for one in again[: settings["draws"]]])
     found: Quantity = quantity(
         "Jaccard index of the circuit and that of a bootstrap", Mean(with_it, range(len(with_it))),
-        Region(low=settings["least"]), level, n=len(with_it), clusters=len(with_it), null=(made.by_chance,),
+        Region(low=settings["least"]), level, null=(made.by_chance,),
         null_is="two random circuits of this size",
     )  # fmt: skip
     notes = (

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from circuits.claims.claim import CircuitSpec, ClaimFile, TaskSpec
 from circuits.claims.evidence import Mean, Ratio
 from circuits.claims.parts import ABLATIONS, Ablation, EdgeParts, Mask, Parts, UnitParts
+from circuits.claims.verdicts import Measured
 from circuits.discovery import edge_graph, edges_of
 from circuits.discovery.evaluating import check_apart
 from circuits.discovery.formats import read_edges
@@ -177,6 +178,10 @@ class Subject:
             f"the model's own effect on {task.name}, {effect.value:.3g} {task.metric.unit or task.metric.name} "
             f"(interval {between(low, high)}), cannot be told from 0 under {ablation or self.ablation} ablation"
         )
+
+    def cannot(self, why: str) -> Measured:
+        """What a test returns that cannot test anything."""
+        return Measured((), "", self.seed, untestable=why)
 
     def said(self, task: Task | None = None) -> str:
         """On which examples something is measured, in words."""

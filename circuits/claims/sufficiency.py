@@ -35,19 +35,19 @@ def _region(settings: Settings) -> Region:
 def faithfulness(subject: Subject, settings: Settings, level: Level) -> Measured:
     """f(C) in the clean run with all else ablated and, where there is one, in the corrupted run with C restored."""
     if why := subject.no_effect(level=level.each):
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     _, kept = subject.circuit
     wanted = settings["directions"]
     directions = [d for d in subject.directions if wanted in ("both", d)]
     if not directions:
         why = f"directions {wanted}: the ablation {subject.ablation} is no run that a circuit could be restored in"
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     found = []
     for direction in directions:
         values = subject.values([kept])[0] if direction == "noising" else subject.restored(kept)
         found.append(quantity(
             f"faithfulness ({direction})", subject.faithfulness(values), _region(settings), level,
-            parts=len(directions), n=len(values), clusters=len(set(subject.test.clusters)),
+            parts=len(directions),
         ))  # fmt: skip
     notes = [] if len(directions) == 2 else [f"tested by {directions[0]} only"]
     notes.append(_spread(subject))
@@ -83,11 +83,11 @@ def ablations(subject: Subject, settings: Settings, level: Level) -> Measured:
     found: list[Quantity] = []
     for name in chosen:
         if why := subject.no_effect(ablation=name, level=level.each):
-            return Measured((), subject.said(), subject.seed, untestable=why)
+            return subject.cannot(why)
         values = subject.values([kept], ablation=name)[0]
         found.append(quantity(
             f"faithfulness ({name})", subject.faithfulness(values, ablation=name), _region(settings), level,
-            parts=len(chosen), n=len(values), clusters=len(set(subject.test.clusters)),
+            parts=len(chosen),
         ))  # fmt: skip
     return Measured(tuple(found), subject.said(), subject.seed)
 
@@ -99,12 +99,12 @@ def elsewhere(subject: Subject, settings: Settings, level: Level) -> Measured:
     for spec in settings["tasks"]:
         task = other_task(subject, spec)
         if why := subject.no_effect(task, level=level.each):
-            return Measured((), subject.said(task), subject.seed, untestable=why)
+            return subject.cannot(why)
         values = subject.values([kept], task=task)[0]
         said.append(subject.said(task))
         found.append(quantity(
             f"faithfulness on {spec}", subject.faithfulness(values, task), _region(settings), level,
-            parts=len(settings["tasks"]), n=len(task), clusters=len(set(task.clusters)),
+            parts=len(settings["tasks"]),
         ))  # fmt: skip
     return Measured(tuple(found), "; ".join(said), subject.seed)
 
@@ -123,13 +123,12 @@ def accuracy_kept(subject: Subject, settings: Settings, level: Level) -> Measure
     """How much less often the circuit is right than the model, whose own accuracy is the ceiling."""
     if not subject.test.answered:
         why = f"task {subject.test.name} has no answers, so that nothing is right or wrong"
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     _, kept = subject.circuit
     empty, whole = subject.ends(metric=accuracy)
     own = subject.values([kept], metric=accuracy)[0]
     lost = quantity(
-        "accuracy lost", Mean(whole - own, subject.test.clusters), Region(high=settings["most"]), level, n=len(own),
-        clusters=len(set(subject.test.clusters)),
+        "accuracy lost", Mean(whole - own, subject.test.clusters), Region(high=settings["most"]), level,
     )  # fmt: skip
     rates = f"circuit {own.mean():.1%}, model {whole.mean():.1%}, nothing kept {empty.mean():.1%}"
     note = f"accuracy: {rates}; the model's is the ceiling"
@@ -148,7 +147,7 @@ def equivalence(subject: Subject, settings: Settings, level: Level) -> Measured:
     .9 quantile of |s(C) - s(M)| is small: the first alone would pass a circuit that is far off on both sides.
     """
     if why := subject.no_effect(level=level.each):
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     _, kept = subject.circuit
     task = subject.test
     _, whole = subject.ends()
@@ -159,14 +158,14 @@ def equivalence(subject: Subject, settings: Settings, level: Level) -> Measured:
     empty, full = subject.ends(subject.find)
     bound = settings["delta"] * abs(float((full - empty).mean()))
     near = (np.abs(own - whole) <= bound).astype(float)
-    eps, more = settings["eps"], {"n": len(own), "clusters": len(set(task.clusters))}
+    eps = settings["eps"]
     found = (
         quantity(
-            "P(circuit > model)", Share(wins, task.clusters), Region(0.5 - eps, 0.5 + eps), level, parts=2, **more
+            "P(circuit > model)", Share(wins, task.clusters), Region(0.5 - eps, 0.5 + eps), level, parts=2
         ),
         quantity(
             f"share of examples with |s(C) - s(M)| <= {bound:.3g}", Share(near, task.clusters),
-            Region(low=settings["quantile"]), level, parts=2, **more,
+            Region(low=settings["quantile"]), level, parts=2,
         ),
     )  # fmt: skip
     shi = shi_equivalence_p(wins, task.clusters, eps)
@@ -201,9 +200,7 @@ def independence(subject: Subject, settings: Settings, level: Level) -> Measured
     why = f"not refuted (p {level.corrected(p):.3g}): {said} with {len(set(clusters))} independent examples"
     if np.ptp(rest) == 0 or np.ptp(whole) == 0:
         what = "the complement's score" if np.ptp(rest) == 0 else "the model's score"
-        return Measured(
-            (), subject.said(), subject.seed, untestable=f"{what} is the same on all examples"
-        )
+        return subject.cannot(f"{what} is the same on all examples")
     return Measured(
         (made,), subject.said(), subject.seed, (), {"detectable_correlation": seen}, cannot_hold=why
     )
@@ -216,7 +213,7 @@ def breaking_inputs(subject: Subject, settings: Settings, level: Level) -> Measu
     the model's mean effect.
     """
     if why := subject.no_effect(level=level.each):
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     _, kept = subject.circuit
     known = {subject.task.examples.identity(i) for i in range(len(subject.task))}
     spec = subject.task_spec
@@ -226,7 +223,7 @@ def breaking_inputs(subject: Subject, settings: Settings, level: Level) -> Measu
     new = [i for i in range(len(drawn)) if drawn.examples.identity(i) not in known]
     if len(new) < 2:
         why = f"task {drawn.name} has no other inputs than those {len(known)}: nothing was searched"
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     task = drawn.subset(new)
     empty, whole = subject.ends()
     bound = settings["error"] * abs(float((whole - empty).mean()))
@@ -235,7 +232,7 @@ def breaking_inputs(subject: Subject, settings: Settings, level: Level) -> Measu
     worst = np.argsort(-off, kind="stable")[:10].tolist()
     found = quantity(
         f"share of inputs off by more than {bound:.3g}", Share((off > bound).astype(float), task.clusters),
-        Region(high=settings["most"]), level, n=len(task), clusters=len(set(task.clusters)),
+        Region(high=settings["most"]), level,
     )  # fmt: skip
     details = {"worst": [{"input": task.examples.names[i], "off": float(off[i])} for i in worst]}
     note = f"the worst input, {task.examples.names[worst[0]]!r}, is off by {off[worst[0]]:.3g}"

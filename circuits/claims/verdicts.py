@@ -111,12 +111,14 @@ def quantity(
         level: of the file.
         parts: how many quantities its test has: any of them may refute the claim, so that this is corrected for them;
             that all hold needs no correction.
-        **more: unit, n, clusters, null, null_is, exact.
+        **more: unit, null, null_is.
     """
+    n, clusters = evidence.size
     low, high = evidence.interval(level.each)
     holds, refuted = p_inside(evidence, region), p_outside(evidence, region)
     return Quantity(
-        name, float(evidence.value), low, high, region, level.corrected(holds), level.corrected(refuted * parts), **more
+        name, float(evidence.value), low, high, region, level.corrected(holds), level.corrected(refuted * parts), n=n,
+        clusters=clusters, exact=not n, **more,
     )  # fmt: skip
 
 

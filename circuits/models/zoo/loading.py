@@ -345,6 +345,20 @@ INDUCTION = {
 }  # fmt: skip
 """Configuration of the built-in induction model."""
 
+ADDITION = {
+    "d_model": 128, "d_head": 32, "n_heads": 4, "n_layers": 1, "n_ctx": 3, "d_vocab": _ADDITION + 1, "d_mlp": 512,
+    "normalization_type": None, "act_fn": "relu",
+}  # fmt: skip
+"""Configuration of networks that learned addition mod 113, as in Nanda et al. (2023)."""
+
+
+def _addition(name: str, weights: Weights) -> HookedModel:
+    bridge = native_bridge(seed=_seed(weights), **ADDITION)
+    _fill(bridge, weights or BUILTIN / "addition.safetensors")
+    return HookedModel(
+        bridge, TokenInput(_ADDITION + 1, 3, (*map(str, range(_ADDITION)), "=")), name
+    )
+
 
 def _induction(name: str, weights: Weights) -> HookedModel:
     bridge = native_bridge(seed=_seed(weights), **INDUCTION)
@@ -436,10 +450,7 @@ def _induction_infinite(name: str, weights: Weights) -> HookedModel:
 
 def _modular_addition(name: str, weights: Weights) -> HookedModel:
     path = find_weights("tiny/wd_10-1_mod_addition_loss_curve.safetensors", weights, name)
-    bridge = native_bridge(
-        seed=_seed(weights), d_model=128, d_head=32, n_heads=4, n_layers=1, n_ctx=3, d_vocab=114, d_mlp=512,
-        normalization_type=None, act_fn="relu",
-    )  # fmt: skip
+    bridge = native_bridge(seed=_seed(weights), **ADDITION)
     _fill(bridge, path, from_hooked_transformer)
     return HookedModel(bridge, TokenInput(114, 3, (*map(str, range(113)), "=")), name)
 
