@@ -13,7 +13,7 @@ import math
 import threading
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -79,6 +79,31 @@ class CallPoint(nn.Module):
         return any(hasattr(_owner(hook), "watched") for hook in self._forward_hooks.values())
 
 
+class Echo:
+    """The same tensor where another call takes it: whatever the hooks of a point do, they do there too.
+
+    Args:
+        address: where it is.
+        point: the point.
+    """
+
+    def __init__(self, address: Address, point: CallPoint) -> None:
+        self.address, self._point = address, point
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return self._point(value)
+
+    @property
+    def watched(self) -> bool:
+        """Whether a hook reads or changes the tensor."""
+        return self._point.watched
+
+    @property
+    def is_last(self) -> bool:
+        """See `CallPoint.is_last`."""
+        return self._point.is_last
+
+
 def _owner(hook: Callable[..., Any]) -> Any:
     return getattr(hook, "__self__", None)
 
@@ -121,18 +146,19 @@ class Scope:
 
     def __init__(self, module: nn.Module, root: nn.Module) -> None:
         self.module, self.root = module, root
-        self.points: list[CallPoint] = []
+        self.points: list[CallPoint | Echo] = []
         self._users = 0
         self._handles: list[Any] = []
         self._calls = 0
         self._running: list[_Calls | None] = []
 
-    def point(self, address: Address) -> CallPoint:
-        """The point at an address, one for each."""
+    def point(self, address: Address, also: Sequence[Address] = ()) -> CallPoint:
+        """The point at an address, one for each; with `also`, a point of its own at all of these addresses."""
         for known in self.points:
-            if known.address == address:
+            if known.address == address and isinstance(known, CallPoint) and not also:
                 return known
-        self.points.append(made := CallPoint(address, self))
+        made = CallPoint(address, self)
+        self.points += [made, *(Echo(other, made) for other in also)]
         return made
 
     def watch(self) -> None:
@@ -188,14 +214,14 @@ class _Calls:
         points: those of this call of the scope.
     """
 
-    def __init__(self, points: Iterable[CallPoint]) -> None:
+    def __init__(self, points: Iterable[CallPoint | Echo]) -> None:
         self._seen: Counter[str] = Counter()
-        self._points: dict[str, dict[int, list[CallPoint]]] = {}
+        self._points: dict[str, dict[int, list[CallPoint | Echo]]] = {}
         for point in points:
             numbers = self._points.setdefault(point.address.function, {})
             numbers.setdefault(point.address.number, []).append(point)
 
-    def next(self, name: str) -> list[CallPoint]:
+    def next(self, name: str) -> list[CallPoint | Echo]:
         """Count a call of a function; the points at it."""
         numbers = self._points.get(name)
         if numbers is None:
@@ -250,7 +276,7 @@ class _Showing(threading.local):
 _SHOWING = _Showing()
 
 
-def _shown(points: list[CallPoint], func: Any, args: Any, kwargs: Any) -> Any:
+def _shown(points: list[CallPoint | Echo], func: Any, args: Any, kwargs: Any) -> Any:
     """Call a function, with what its points' hooks make of its arguments and its output."""
     args, kwargs = list(args), dict(kwargs)
     # The hooks of a part of the model come after those that read or change what it was given.
@@ -275,7 +301,7 @@ def _shown(points: list[CallPoint], func: Any, args: Any, kwargs: Any) -> Any:
     return made
 
 
-def _replace_argument(args: list[Any], kwargs: dict[str, Any], point: CallPoint) -> None:
+def _replace_argument(args: list[Any], kwargs: dict[str, Any], point: CallPoint | Echo) -> None:
     place, key, item = point.address.place, point.address.key, point.address.item
     if item is not None:
         args[place] = holder = list(args[place])
@@ -286,7 +312,7 @@ def _replace_argument(args: list[Any], kwargs: dict[str, Any], point: CallPoint)
         args[place] = point(args[place])
 
 
-def _through(points: Iterable[CallPoint], value: Tensor) -> Tensor:
+def _through(points: Iterable[CallPoint | Echo], value: Tensor) -> Tensor:
     for point in points:
         value = point(value)
     return value
@@ -296,7 +322,7 @@ def _is_in_place(made: Tensor, func: Any, kwargs: dict[str, Any]) -> bool:
     return kwargs.get("out") is made or writes_in_place(known_function(func)[0])
 
 
-def _shown_in_place(points: list[CallPoint], made: Tensor) -> Tensor:
+def _shown_in_place(points: list[CallPoint | Echo], made: Tensor) -> Tensor:
     """The output of a function that works in place, which is often called as a statement, its output ignored.
 
     So a change is written in place, too. Hooks get a copy, which stays as it is.
@@ -328,7 +354,7 @@ _IN_PLACE = {
 }  # fmt: skip
 
 
-def _replaced(made: Any, point: CallPoint) -> Any:
+def _replaced(made: Any, point: CallPoint | Echo) -> Any:
     if isinstance(made, Tensor):
         return point(made)
     place = point.address.place

@@ -27,6 +27,45 @@ Change = Callable[[Tensor], Tensor]
 """Takes the tensor at a tap and returns the one to put in its place; never works in place."""
 
 
+class _Pass(threading.local):
+    """The number of examples that the pass under way in a thread was given."""
+
+    examples = 0
+
+
+_PASS = _Pass()
+
+
+def note_examples(args: Iterable[Any]) -> None:
+    """Note how many examples a model is called with: the length of the first tensor among its arguments."""
+    _PASS.examples = next((len(a) for a in args if isinstance(a, Tensor) and a.ndim), 0)
+
+
+@dataclass(frozen=True)
+class ByExample:
+    """The layout of a tensor whose first axis is examples times positions, as example x position x ….
+
+    How many examples there are is that of the pass under way.
+    """
+
+    def read(self, held: Tensor) -> Tensor:
+        return held.unflatten(0, (_PASS.examples, -1))
+
+    def write(self, held: Tensor, value: Tensor) -> Tensor:
+        return value.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class OfAll:
+    """The layout of a tensor that is the same for all examples, as example x position x …."""
+
+    def read(self, held: Tensor) -> Tensor:
+        return held.expand(_PASS.examples, *held.shape[-2:])
+
+    def write(self, held: Tensor, value: Tensor) -> Tensor:
+        return value
+
+
 def placed(change: Change) -> bool:
     """Whether a change refers to positions of a text by number, as its attribute `placed` says.
 
@@ -54,14 +93,15 @@ class Tap:
 
     Attributes:
         module: the module whose output holds it.
-        call: which call of the module within one forward pass, counted from 0.
+        call: which call of the module within one forward pass, counted from 0; None for a tensor that several
+            functions take: it is read at the first of them, and changed at all.
         path: where in a nested output: indices of tuples and lists, keys of mappings, fields of dataclasses.
         layout: how the site's tensor lies in the module's, where it is another one (heads that are not split).
         overwritten: a later operation of the model changes the tensor in place, so `record` must copy it.
     """
 
     module: nn.Module
-    call: int = 0
+    call: int | None = 0
     path: tuple[Hashable, ...] = ()
     layout: Layout | None = None
     overwritten: bool = False
@@ -153,7 +193,7 @@ def _attached(root: nn.Module, visits: Iterable[tuple[Tap, Visit]]) -> Iterator[
     handles: list[RemovableHandle] = []
     try:
         # A pass that was stopped or failed leaves counts behind, so they are cleared when a pass begins.
-        handles.append(root.register_forward_pre_hook(lambda module, args: calls.clear()))
+        handles.append(root.register_forward_pre_hook(partial(_begun, calls)))
         for module, own in by_module.items():
             handles.append(module.register_forward_hook(partial(_visited, root, calls, own)))
             _move_last_hooks_to_the_end(module)
@@ -162,6 +202,12 @@ def _attached(root: nn.Module, visits: Iterable[tuple[Tap, Visit]]) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _begun(calls: Counter[nn.Module], root: nn.Module, args: Any) -> None:
+    """The hook before a pass."""
+    calls.clear()
+    note_examples(args)
 
 
 class _Visited(threading.local):
@@ -196,7 +242,7 @@ def _visited(
     try:
         with uncounted():
             for tap, visit in visits:
-                if tap.call == call:
+                if tap.call in (None, call):
                     changed = visit(output)
                     output = output if changed is None else changed
     finally:
@@ -229,7 +275,10 @@ def observe(
     # its visit raises and the ones after it would not run.
     order = sorted(looks.items(), key=lambda item: item[0] == until)
     visits = [
-        (tap, partial(_seen, tap, look, stop if name == until else None))
+        (
+            replace(tap, call=tap.call or 0),
+            partial(_seen, tap, look, stop if name == until else None),
+        )
         for name, (tap, look) in order
     ]
     with _attached(root, visits):

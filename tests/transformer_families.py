@@ -138,11 +138,28 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+MORE: dict[str, Family] = {
+    "stablelm-parallel": Family("StableLm", {**_GROUPED, "use_qkv_bias": True, "use_parallel_residual": True}),
+    "gpt-oss": Family("GptOss", {**_WIDE, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 4}),
+    "deepseek-v2": Family(
+        "DeepseekV2",
+        {
+            **_COMMON, "num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 8, "q_lora_rank": None,
+            "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "n_routed_experts": 4, "n_shared_experts": 1,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 12, "first_k_dense_replace": 1, "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+}  # fmt: skip
+"""Further families, which few tests are about."""
+
+
 def huggingface_model(family: str) -> Any:
     """The Hugging Face model, its weights as large as trained ones, its norms' gains and biases random."""
     import transformers
 
-    kind, config = FAMILIES[family].kind, FAMILIES[family].config
+    known = (FAMILIES | MORE)[family]
+    kind, config = known.kind, known.config
     given = getattr(transformers, f"{kind}TextConfig", None) or getattr(
         transformers, f"{kind}Config"
     )

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 from circuits.cli.signatures import Within, option
 from circuits.discovery.building import chosen_latents, edge_graph, parse_sites
 from circuits.discovery.graphs import LIMIT, Edge, EdgeGraph
+from circuits.discovery.groups import parse_groups
 from circuits.discovery.streams import KeysValues
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks import Task
@@ -37,6 +38,14 @@ class Grain:
         "Of a transformer with autoencoders (MODEL+sae/NAME): split what they code into latents and the error: active "
         "(the latents that are active on the task), all, or some, such as sae/NAME:1,2,5-9."
     )] = ""  # fmt: skip
+    groups: Annotated[str, option(
+        "Of a convolutional network: channels that are one node together, such as families: NAME=SITE:1,2,5-9, with ; "
+        "between groups, or a .json file that `circuits families --json` wrote."
+    )] = ""  # fmt: skip
+    offsets: Annotated[bool, option(
+        "Of a convolutional network: make each offset of a kernel an edge of its own (SITE:INDEX@y-1x+0 reads the "
+        "source one pixel higher).", "--offsets"
+    )] = False  # fmt: skip
     most_edges: Annotated[int, option(
         "The most edges that the graph may have. Each takes 8 bytes an example, and of channels 32 in a batch.",
         check=Within(1, 10**8),
@@ -58,5 +67,6 @@ class Grain:
         latents = chosen_latents(model, self.latents, task, edges) if self.latents else ()
         return edge_graph(
             model, parse_sites(self.sites), self.kv, spans=self.spans, neurons=self.neurons, latents=latents,
-            limit=self.most_edges,
+            groups=parse_groups(self.groups) if self.groups else {},
+            offsets=self.offsets, limit=self.most_edges,
         )  # fmt: skip

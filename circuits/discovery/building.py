@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from circuits.discovery.channels import ChannelGraph
 from circuits.discovery.graphs import LIMIT, EdgeGraph
+from circuits.discovery.groups import GroupedGraph
 from circuits.discovery.spans import Spans
 from circuits.discovery.splitting import ALL, active_latents
 from circuits.discovery.streams import KeysValues, StreamGraph
@@ -43,6 +45,8 @@ def edge_graph(
     spans: str | Sequence[str] = (),
     neurons: str = "",
     latents: Sequence[str | Units] = (),
+    groups: Mapping[str, str | Units] = MappingProxyType({}),
+    offsets: bool = False,
     limit: int = LIMIT,
 ) -> EdgeGraph:
     """The edges between the parts of a model.
@@ -59,22 +63,48 @@ def edge_graph(
         latents: of a transformer with autoencoders (`HookedModel.attach`): those whose latents are sources, as
             `sae/NAME`, `sae/NAME:1,2,5-9` or `Units` (`active_latents` has those that a task needs), with what is left
             of their site as one more source.
-        limit: the most edges.
+        groups: of a convolutional network: channels that are one source and one target, `SITE:NAME`, by the group's
+            name: `{"curves": "mixed3a:1,2,5-9"}`.
+        offsets: of a convolutional network: whether each offset of a kernel is an edge of its own (see `ChannelGraph`).
+        limit: the most edges between channels, heads and MLPs.
 
     Raises:
-        KeyError: if there is no such site or autoencoder.
-        ValueError: if the model's edges cannot be found, there are too many, sites are named of a transformer, or
-            spans, neurons or latents of another model, or spans do not hold each position once.
+        KeyError: if there is no such site, autoencoder or channel of a group.
+        ValueError: if the model's edges cannot be found, there are too many, sites or groups are named of a
+            transformer, or spans, neurons or latents of another model, or spans do not hold each position once, or a
+            channel is in two groups.
     """
     words = spans if isinstance(spans, str) else ",".join(spans)
-    graph = _built(model, sites, kv, words, neurons, latents, limit)
+    if offsets and (groups or not isinstance(model.input, ImageInput) or model.has_stream):
+        what = "groups of channels" if groups else f"{model.name}, a transformer"
+        raise ValueError(f"offsets of kernels do not go with {what}: they are of single channels")
+    graph = _built(model, sites, kv, words, neurons, latents, offsets, limit)
+    if groups:
+        graph = _grouped(graph, groups)
     given: dict[str, Any] = {
         "sites": [*sites], "kv": kv, "spans": words, "neurons": neurons, "latents": [*map(str, latents)],
+        "groups": {name: str(units) for name, units in groups.items()}, "offsets": offsets,
         "limit": limit,
     }  # fmt: skip
     usual = {"kv": "group", "limit": LIMIT}
     graph.choices = {k: v for k, v in given.items() if v and v != usual.get(k)}
     return graph
+
+
+def _grouped(graph: EdgeGraph, groups: Mapping[str, str | Units]) -> EdgeGraph:
+    """A graph of channels with groups as single nodes."""
+    if not isinstance(graph, ChannelGraph):
+        raise ValueError(
+            f"groups {', '.join(groups)}: {graph.model.name} is a transformer; groups are of channels of a "
+            "convolutional network"
+        )
+    return GroupedGraph(
+        graph,
+        {
+            n: units if isinstance(units, Units) else Units.parse(units)
+            for n, units in groups.items()
+        },
+    )
 
 
 def _built(
@@ -84,6 +114,7 @@ def _built(
     spans: str,
     neurons: str,
     latents: Sequence[str | Units],
+    offsets: bool,
     limit: int,
 ) -> EdgeGraph:
     named = Spans.parse(spans) if spans else None
@@ -93,10 +124,13 @@ def _built(
     if isinstance(model.input, ImageInput) and not model.has_stream:
         if neurons or units:
             what = f"neurons {neurons}" if neurons else f"latents {units[0]}"
-            raise ValueError(f"{what}: the edges of {model.name} are between channels of sites")
+            raise ValueError(
+                f"{what}: the edges of {model.name}, a convolutional network, are between channels of sites, or groups "
+                "of channels; expected sites and groups, or what is done to units of sae/NAME (`circuits ablate`)"
+            )
         if kv != "group":
             raise ValueError(f"kv {kv}: {model.name} is no transformer: it has no keys and values")
-        return ChannelGraph(model, tuple(sites) or None, limit=limit)
+        return ChannelGraph(model, tuple(sites) or None, offsets=offsets, limit=limit)
     if sites:
         raise ValueError(
             f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "

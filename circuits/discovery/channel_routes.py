@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -142,6 +142,25 @@ def connected_channels(
         rows = (out >= 0) & (out // per_out == group)
         table[rows.nonzero(), own[own >= 0][None]] = True
     return table
+
+
+def by_offset(path: ChannelPath) -> Iterator[tuple[tuple[int, int], ChannelPath]]:
+    """A path through each offset of its layer's kernel alone, by how far below and right of the middle that reads.
+
+    What passes no kernel reads the middle.
+    """
+    layer = path.layer
+    if layer is None or layer.weight.ndim != 4:
+        yield (0, 0), path
+        return
+    (high, wide), steps = layer.weight.shape[2:], layer.settings.get("dilation", 1)
+    down, right = (steps, steps) if isinstance(steps, int) else steps
+    for y in range(high):
+        for x in range(wide):
+            weight = torch.zeros_like(layer.weight)
+            weight[..., y, x] = layer.weight[..., y, x]
+            at = (y - high // 2) * down, (x - wide // 2) * right
+            yield at, replace(path, layer=replace(layer, weight=weight))
 
 
 def _ends(path: ChannelPath, flow: ChannelFlow) -> tuple[Tensor, Tensor]:

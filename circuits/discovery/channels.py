@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -12,14 +13,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.discovery.channel_names import ChannelNames
-from circuits.discovery.channel_routes import ChannelRoute, chosen_channels
+from circuits.discovery.channel_routes import (
+    ChannelRoute,
+    by_offset,
+    chosen_channels,
+    connected_channels,
+)
 from circuits.discovery.channel_sizes import CarriedMaps
-from circuits.discovery.graphs import LIMIT, Cut, EdgeGraph
+from circuits.discovery.graphs import LIMIT, Cut, EdgeGraph, PlacedNode
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.models.adapter.program import Value
-from circuits.models.paths.channels import ChannelFlow
+from circuits.models.paths.channels import ChannelFlow, ChannelPath
 from circuits.models.paths.restarting import restart_candidates
 from circuits.units import Site, Units
 
@@ -47,6 +53,9 @@ class ChannelGraph(EdgeGraph):
         model: an image model.
         sites: sites, written `SITE` or with units `SITE:1,2,5-9`, or `Units`; `input` is the image. None takes all
             channels of the model and the image.
+        offsets: whether each offset of a kernel is an edge of its own, into a target `SITE:INDEX@y-1x+0`: what the
+            source adds from one pixel higher. Offsets count from the middle of the kernel (of an even one, the later of
+            the two), in pixels of what the layer reads; what comes along no kernel is at `@y+0x+0`.
         limit: the most edges.
 
     Attributes:
@@ -64,6 +73,7 @@ class ChannelGraph(EdgeGraph):
         model: HookedModel,
         sites: Sequence[str | Units] | None = None,
         *,
+        offsets: bool = False,
         limit: int = LIMIT,
     ) -> None:
         if not isinstance(model.input, ImageInput):
@@ -72,59 +82,108 @@ class ChannelGraph(EdgeGraph):
             raise ValueError(f"model {model.name} is edited: build its graph outside the edit")
         if sites is not None and not sites:
             raise ValueError("sites are an empty list: expected names of sites, or None for all")
-        self.grain = "channels"
+        self.grain = "channels, by offset of kernels" if offsets else "channels"
+        self._by_offset = offsets
         flow = ChannelFlow(model)
         names = ChannelNames(flow)
         kept = chosen_channels(flow, names, None if sites is None else [*map(_units, sites)], limit)
         self.whole = sites is None
         self._flow, self._kept = flow, kept
-        self._number(names)
+        self._number(names, limit)
         self._place(names)
 
-    def _number(self, names: ChannelNames) -> None:
+    def _number(self, names: ChannelNames, limit: int) -> None:
         """Give sources, targets and edges their names and numbers."""
         kept, flow = self._kept, self._flow
-        self._target_at = _numbered(kept.targets, flow)
         self._source_at = _numbered(kept.sources, flow)
-        self.targets = _unique(names.target(v, c) for v, c in self._target_at)
         self.sources = _unique(names.source(v, c) for v, c in self._source_at)
         columns = {v: _columns(self._source_at, v, flow) for v in kept.sources}
-        rows = {v: _columns(self._target_at, v, flow) for v in kept.targets}
+        self._target_at: list[tuple[Value, int]] = []
         self._routes: dict[Value, list[ChannelRoute]] = {}
         self._span: dict[Value, tuple[int, int]] = {}
+        called: list[str] = []
         ends: list[np.ndarray] = []
         stop = 0
-        for target in rows:
-            tables = kept.tables[target]
-            sources = sorted(tables, key=flow.order)
-            joined = torch.cat([tables[s] for s in sources], 1)
-            where = torch.cat([columns[s] for s in sources])
-            row, column = joined.nonzero().T
-            start, stop = stop, stop + len(row)
-            self._span[target] = start, stop
-            ends.append(torch.stack([where[column], rows[target][row]], 1).numpy())
-            number = torch.full(joined.shape, -1)
-            number[row, column] = torch.arange(start, stop)
-            at = number.split([tables[s].shape[1] for s in sources], 1)
-            places = dict(zip(sources, at, strict=True))
-            found = [
-                ChannelRoute.of(path, places[path.source], flow)
-                for path in flow.paths(target)
-                if path.source in places
-            ]
-            self._routes[target] = [route for route in found if len(route.edges)]
+        for target in sorted(kept.targets, key=flow.order):
+            first, self._routes[target] = stop, []
+            for offset, paths, tables in self._apart(target):
+                sources = sorted(tables, key=flow.order)
+                joined = torch.cat([tables[s] for s in sources], 1)
+                where = torch.cat([columns[s] for s in sources])
+                row, column = joined.nonzero().T
+                start, stop = stop, stop + len(row)
+                channels = joined.any(1).nonzero()[:, 0].tolist()
+                numbers = torch.full((len(joined),), -1)
+                numbers[channels] = torch.arange(len(channels)) + len(self._target_at)
+                self._target_at += [(target, c) for c in channels]
+                called += [names.target(target, c) + offset for c in channels]
+                ends.append(torch.stack([where[column], numbers[row]], 1).numpy())
+                number = torch.full(joined.shape, -1)
+                number[row, column] = torch.arange(start, stop)
+                at = number.split([tables[s].shape[1] for s in sources], 1)
+                places = dict(zip(sources, at, strict=True))
+                found = [
+                    ChannelRoute.of(path, places[path.source], flow)
+                    for path in paths
+                    if path.source in places
+                ]
+                self._routes[target] += [route for route in found if len(route.edges)]
+            self._span[target] = first, stop
+            if stop > limit:
+                raise ValueError(
+                    f"sites of {flow.model.name} have more than {limit} edges through offsets of kernels: name fewer "
+                    "sites, or units of them (SITE:1,2,5-9)"
+                )
+        self.targets = _unique(called)
         self.ends = np.concatenate(ends)
         self.complete = np.array([bool(kept.complete[v][c]) for v, c in self._target_at])
         self.feeds = self._fed(columns)
 
+    def _apart(
+        self, target: Value
+    ) -> Iterator[tuple[str, list[ChannelPath], dict[Value, Bool[Tensor, "_ _"]]]]:
+        """The paths to a target that are edges of their own: what the target is then called behind its name, the paths,
+        and which channels they connect, by source.
+        """
+        flow, tables = self._flow, self._kept.tables[target]
+        paths = [path for path in flow.paths(target) if path.source in tables]
+        if not self._by_offset:
+            yield "", paths, tables
+            return
+        apart: dict[tuple[int, int], list[ChannelPath]] = defaultdict(list)
+        for path in paths:
+            for offset, own in by_offset(path):
+                apart[offset].append(own)
+        for y, x in sorted(apart):
+            made: dict[Value, Tensor] = {}
+            for path in apart[y, x]:
+                own = connected_channels(path, flow, target) & tables[path.source]
+                made[path.source] = made[path.source] | own if path.source in made else own
+            yield f"@y{y:+d}x{x:+d}", apart[y, x], made
+
+    # --- names -----------------------------------------------------------------------------------
+
+    def kind(self, name: str) -> str:
+        whole, offset = _without_offset(name)
+        return super().kind(whole) + offset
+
+    def node(self, name: str) -> PlacedNode:
+        return super().node(_without_offset(name)[0])
+
+    def way(self, target: int) -> str:
+        return _without_offset(self.targets[target])[1]
+
     def _fed(self, columns: Mapping[Value, Tensor]) -> tuple[tuple[int, ...], ...]:
         found: dict[int, list[int]] = defaultdict(list)
-        number = {at: i for i, at in enumerate(self._target_at)}
+        numbers: dict[tuple[Value, int], list[int]] = defaultdict(list)
+        for i, at in enumerate(self._target_at):
+            numbers[at].append(i)
         for source, where in columns.items():
             for target, table in self._flow.computed_from(source).items():
                 for s, t in table.nonzero().tolist():
-                    if where[s] >= 0 and (target, t) in number:
-                        found[number[target, t]].append(int(where[s]))
+                    for i in numbers.get((target, t), ()):
+                        if where[s] >= 0:
+                            found[i].append(int(where[s]))
         return tuple(tuple(sorted(found[i])) for i in range(len(self._target_at)))
 
     def _place(self, names: ChannelNames) -> None:
@@ -263,11 +322,13 @@ class ChannelGraph(EdgeGraph):
         first, last = self.ends[start, 1], self.ends[stop - 1, 1]
         row = torch.from_numpy(self.ends[start:stop, 1] - first)
         kept = off.new_zeros(len(off), int(last - first + 1))
-        kept = kept.index_add(1, row, (off[:, start:stop] != 1).to(off)) != 0
+        kept = kept.index_add(1, row, (off[:, start:stop] != 1).to(off))
         whole = torch.zeros(len(off), made.shape[2], dtype=torch.bool)
-        channel = [c for v, c in self._target_at[first : last + 1]]
+        channel = torch.tensor([c for v, c in self._target_at[first : last + 1]])
         complete = torch.from_numpy(self.complete[first : last + 1])
-        whole[:, channel] = ~kept & complete
+        # A channel is several targets where offsets are told apart.
+        still = kept.new_zeros(len(off), made.shape[2]).index_add(1, channel, kept)
+        whole[:, channel] = (still == 0)[:, channel] & complete
         if not bool(whole.any()):
             return made
         wide = whole.to(made.device).reshape(len(off), 1, -1, *(1,) * (made.ndim - 3))
@@ -302,6 +363,8 @@ class ChannelGraph(EdgeGraph):
     # --- baselines -------------------------------------------------------------------------------
 
     def weight_norms(self) -> Float[np.ndarray, " edge"]:
+        if self._by_offset:
+            return super().weight_norms()  # which refuses
         found = np.zeros(len(self))
         for maps, _, targets, sources, edges in self._tables():
             norms = maps.norms(targets)[:, sources].numpy()
@@ -311,6 +374,8 @@ class ChannelGraph(EdgeGraph):
     def sizes(
         self, clean: Mapping[str, Tensor], counted: Bool[Tensor, "example position"] | None
     ) -> Float[Tensor, "example edge"]:
+        if self._by_offset:
+            return super().sizes(clean, counted)  # which refuses
         n = len(clean[self.input_sites[0]])
         found = torch.zeros(n, len(self), dtype=torch.float64)
         for maps, read, targets, sources, edges in self._tables():
@@ -342,6 +407,15 @@ class ChannelGraph(EdgeGraph):
     def _place_of(self) -> dict[Value, int]:
         """A number for each source value."""
         return {v: i for i, v in enumerate(self._kept.sources)}
+
+
+_OFFSET = re.compile(r"@y[+-][0-9]+x[+-][0-9]+$")
+
+
+def _without_offset(name: str) -> tuple[str, str]:
+    """The name of a target without the offset behind it, and the offset."""
+    found = _OFFSET.search(name)
+    return (name, "") if found is None else (name[: found.start()], found[0])
 
 
 def _units(given: str | Units) -> Units:

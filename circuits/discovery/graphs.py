@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.graph.circuit import WholeSite
+from circuits.graph.circuit import UnitGroup, WholeSite
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.restarting import restart_candidates
 from circuits.tasks.task import Task, TaskBatch
 from circuits.units import Site, Unit, unknown
 
-PlacedNode = Unit | WholeSite
+PlacedNode = Unit | UnitGroup | WholeSite
 
 Edge = tuple[str, str]
 """The names of a source and a target."""

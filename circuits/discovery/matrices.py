@@ -61,7 +61,9 @@ def written_matrix(stream: Stream, sender: Sender) -> Float[Tensor, "inner d_mod
         matrix = stream.matrix("W_O", layer)[sender.head].double()
         return _folded(stream, stream.norm("ln1_post", layer), matrix)
     if sender.kind == "mlp":
-        matrix = _neurons(stream, layer)[1].double()
+        matrix = _neurons(stream, layer)[1].double() * (
+            stream.scales[layer][1] if stream.scales else 1
+        )
         return _folded(stream, stream.norm("ln2_post", layer), matrix)
     if sender.kind == "position":
         return stream.parts.positions().detach().double()
@@ -109,6 +111,8 @@ def read_matrix(stream: Stream, receiver: Receiver) -> Float[Tensor, "d_model in
     else:
         matrix = read_matrices(stream, [receiver])[0]
     norm = norm_of(stream, receiver)
+    if receiver.kind == "mlp" and isinstance(norm, nn.Identity):
+        norm = stream.norm("ln2", receiver.layer) or norm
     read = matrix.detach().double()
     return read if isinstance(norm, nn.Identity) else stream.measured(norm).adjoint(read.T).T
 

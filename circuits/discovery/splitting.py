@@ -63,6 +63,8 @@ def neurons(stream: Stream, layer: int) -> Split:
             "expected other layers"
         )
     norm, out = stream.norm("ln2_post", layer), found[1]
+    if norm is None and stream.scales:
+        out = out * stream.scales[layer][1]
     before = at.mlp or "" if norm is not None else ""
     site = stream.model.site(at.neurons).name
     made = Split(
@@ -165,7 +167,7 @@ def _check(stream: Stream, split: Split, what: str) -> None:
         if split.norm is not None:
             before = one[split.before]
             made = split.norm(before + made) - split.norm(before)
-    wanted = two[added] - one[added]
+    wanted = (two[added] - one[added]) * stream.shown_scale(split.layer, split.writing)
     off, size = float((made - wanted).abs().max()), float(one[added].abs().max())
     if not off <= min(1e3 * torch.finfo(made.dtype).eps, 0.1) * max(size, 1e-6):
         raise ValueError(

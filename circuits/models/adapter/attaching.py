@@ -11,6 +11,7 @@ latents were changed; everything after x sees the change.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from circuits.autograd import recording_gradients
 from circuits.call_points import CallPoint, uncounted
-from circuits.hooks import LastHook, Tap
+from circuits.hooks import LastHook, Tap, note_examples
 from circuits.models.adapter.copying import deep_copy
 from circuits.units import Site, SiteKind
 
@@ -100,6 +101,8 @@ class Attached(LastHook):
         self.calls: dict[str, int] = {}
         # From the source's hook to the target's: x, its codes, and the codes after the changes of other hooks.
         self.held: tuple[Tensor, Tensor, Tensor] | None = None
+        # What was put in the place of a tensor that several calls take, by `source` and `target`.
+        self.again: dict[str, Any] = {}
 
     def forward(self, value: Tensor) -> Tensor:
         """Return the input: a model that calls all of its children in turn (`nn.Sequential`) calls this one too."""
@@ -107,21 +110,22 @@ class Attached(LastHook):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts with no pass under way; tensors with autograd history could not be deep-copied at all.
-        return self.__dict__ | {"calls": {}, "held": None}
+        return self.__dict__ | {"calls": {}, "held": None, "again": {}}
 
     def restart(self, module: nn.Module, args: Any) -> None:
         """The hook before a forward pass of the model: reset the counts of calls."""
-        self.calls, self.held = {}, None
+        self.calls, self.held, self.again = {}, None, {}
+        note_examples(args)
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> None:
         """The hook after a forward pass, also one that failed or was stopped: let go of the tensors."""
-        self.held = None
+        self.held, self.again = None, {}
 
     def _is_at(self, place: TappedSite, which: str) -> bool:
         """Count a call of a site's module; whether it is the call that puts out the site's tensor."""
         call = self.calls.get(which, 0)
         self.calls[which] = call + 1
-        return call == place.tap.call
+        return place.tap.call in (None, call)
 
     @property
     def watched(self) -> bool:
@@ -131,7 +135,16 @@ class Attached(LastHook):
     def visit(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The hook at the site that is encoded."""
         with uncounted():
-            return self._visit(output)
+            return self._once(self.source, "source", output, self._visit)
+
+    def _once(self, place: TappedSite, which: str, output: Any, visit: Callable[[Any], Any]) -> Any:
+        """What a hook returns; of a tensor that several calls take, what it returned for the first of them."""
+        if place.tap.call is None and which in self.again:
+            return self.again[which]
+        made = visit(output)
+        if place.tap.call is None:
+            self.again[which] = made
+        return made
 
     def _visit(self, output: Any) -> Any:
         if not self._is_at(self.source, "source") or not self.watched:
@@ -150,10 +163,13 @@ class Attached(LastHook):
 
     def visit_target(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The hook at the site that is written, if that is another one than is encoded (a transcoder)."""
+        with uncounted():
+            return self._once(self.target, "target", output, self._visit_target)
+
+    def _visit_target(self, output: Any) -> Any:
         if not self._is_at(self.target, "target") or self.held is None:
             return None
-        with uncounted():
-            return self._written(output)
+        return self._written(output)
 
     def _written(self, output: Any) -> Any:
         """The target module's output with decode(changed codes) + error in it; None if nothing changed."""

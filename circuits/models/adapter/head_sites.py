@@ -121,12 +121,12 @@ class Points:
         self._modules = dict(root.named_modules())
         self._scopes: dict[str, Scope] = {}
 
-    def tap(self, address: Address, layout: Any = None) -> Tap:
-        """A tap at an address."""
+    def tap(self, address: Address, layout: Any = None, also: Sequence[Address] = ()) -> Tap:
+        """A tap at an address; with `also`, of one tensor at all of these addresses, which count in one scope."""
         scope = self._scopes.get(address.scope)
         if scope is None:
             scope = self._scopes[address.scope] = Scope(self._modules[address.scope], self.root)
-        return Tap(scope.point(address), layout=layout)
+        return Tap(scope.point(address, also), None if also else 0, layout=layout)
 
 
 def rearranged(place: Place) -> Rearranged:

@@ -19,8 +19,14 @@ from circuits.models.adapter.head_weights import WEIGHTS, Letter, Matrices
 from circuits.models.adapter.program import Value
 from circuits.models.adapter.streams import TracedLayer, TracedStream
 
-NormName = Literal["ln1", "ln2", "ln1_post", "ln2_post", "q_norm", "k_norm", "ln_final"]
-"""The norms before attention and the MLP, those after them, those of queries and keys, and the last."""
+NormName = Literal[
+    "ln1", "ln2", "mlp_input", "ln1_post", "ln2_post", "q_norm", "k_norm", "ln_final"
+]
+"""The norms before attention and the MLP, those after them, those of queries and keys, and the last.
+
+`mlp_input` is what lies between the stream and the site `mlp.hook_in`: the norm before the MLP, unless the model shows
+its input with a row for each example before that norm alone.
+"""
 
 
 @runtime_checkable
@@ -31,6 +37,10 @@ class Parts(Protocol):
     parallel: bool
     adds_positions: bool
     """Whether an embedding of positions that is no site is added to that of the tokens."""
+    renormalised: bool
+    """Whether the stream itself is normalised within layers or between them, as in BERT."""
+    scaled: bool
+    """Whether what attention is seen to add to the stream is its output times a number, as in Granite."""
 
     def norm(self, name: NormName, layer: int = 0) -> nn.Module | None:
         """A norm; None if there is none."""
@@ -56,7 +66,7 @@ class Parts(Protocol):
         """W_in and W_out of a layer's MLP; None if it has none, or several."""
 
     def mlp(self, layer: int) -> nn.Module | None:
-        """A layer's MLP, without the norms before and after it; None if it has none."""
+        """A layer's MLP, from the site `mlp.hook_in` on, without the norm after it; None if it has none."""
 
     def unembedding(self) -> tuple[Float[Tensor, "d_model token"], Float[Tensor, " token"]]:
         """W_U and b_U."""
@@ -82,12 +92,12 @@ class BridgeParts:
         self.bridge = bridge
         self.parallel = bool(getattr(bridge.cfg, "parallel_attn_mlp", False))
         self.n_layers: int = getattr(bridge.cfg, "n_layers", 0)
-        self.adds_positions = False
+        self.adds_positions = self.renormalised = self.scaled = False
 
     def norm(self, name: NormName, layer: int = 0) -> nn.Module | None:
         if name == "ln_final":
             return _children(self.bridge).get(name)
-        block = self.bridge.blocks[layer]
+        block, name = self.bridge.blocks[layer], "ln2" if name == "mlp_input" else name
         owner = block.attn if name in ("q_norm", "k_norm") else block
         return _children(owner).get(name)
 
@@ -215,6 +225,12 @@ class TracedParts:
         self.stream, self.parallel = stream, stream.parallel
         self.n_layers = len(stream.layers)
         self.adds_positions = stream.position is not None
+        self.renormalised = stream.renormalised
+        self.scaled = any(
+            stream.same(at.output.made) != stream.same(at.attention)
+            and stream.scales(stream.same(at.output.made), stream.same(at.attention))
+            for at in stream.layers
+        )
         self._constants = constants
         self._modules = norms
 
@@ -239,7 +255,7 @@ class TracedParts:
         at = self.stream.layers[layer]
         mlp = at.mlp
         if name == "ln_final":
-            unembed = self.stream.unembed
+            unembed = self.stream.unembed or self.stream.head
             return None if unembed is None else (self.stream.last, unembed.given)
         if name == "ln1":
             return at.before, at.attention_given
@@ -247,10 +263,12 @@ class TracedParts:
             return at.output.made, at.attention
         if name in ("q_norm", "k_norm"):
             return self._of_heads(at, name)
+        read = at.between or at.before
+        if name == "mlp_input":
+            return None if at.mlp_input is None else (read, at.mlp_input)
         if mlp is None or at.mlp_added is None:
             return None
         if name == "ln2":
-            read = at.between or at.before
             return None if at.mlp_given is None else (read, at.mlp_given)
         return mlp.made, at.mlp_added
 
@@ -279,14 +297,17 @@ class TracedParts:
 
     def mlp(self, layer: int) -> nn.Module | None:
         at = self.stream.layers[layer]
-        if at.mlp is None or at.mlp_given is None:
+        if at.mlp is None or at.mlp_input is None:
             return None
-        start, end = self.stream.same(at.mlp_given), self.stream.same(at.mlp.made)
+        start, end = self.stream.same(at.mlp_input), self.stream.same(at.mlp.made)
         module = self._modules.get((start, end))
         return Replayed(self._constants, start, end) if module is None else module
 
     def positions(self) -> Tensor:
-        raise ValueError("positions: what the model adds for positions is no site")
+        if self.stream.position is None:
+            raise ValueError("positions: the model adds nothing to its tokens for positions")
+        made = self._constants.of(self.stream.position)
+        return made.reshape(-1, *made.shape[-2:])[0]
 
     def attention(self, name: Matrices, layer: int) -> Tensor | None:
         return self.stream.layers[layer].weights.matrix(name)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from circuits.hooks import Tap, Trace, entry, is_record, trace
+from circuits.hooks import ByExample, Tap, Trace, entry, is_record, trace
 from circuits.models.adapter.affine import Constants, Products
 from circuits.models.adapter.attaching import HookPoint, autoencoders, hook_points
 from circuits.models.adapter.attention import Batches, Found, find_attention
@@ -200,6 +200,8 @@ def trace_model(
     left_out: dict[str, str] = {}
     for t in traces:
         why = _no_site(t.value, shapes.get(t.name))
+        if why and is_bridge(module) and t.name.endswith("hook_resid_mid"):
+            t, why = _by_example(t, shapes.get(t.name), why)
         if why:
             left_out[t.name] = why
             continue
@@ -326,6 +328,8 @@ def _with_heads(
     else:
         transformer = TracedParts(stream, constants, _norms(stream, traces))
         known, more = stream_sites(stream, search, known, traces, points)
+        if any(site.name == "hook_pos_embed" for site, _ in more):
+            transformer.adds_positions = False
         made += more
     own = {site.name: (site, tap) for site, tap in made if site.name not in known}
     both = known | own
@@ -392,6 +396,16 @@ def _no_site(value: Tensor, other: torch.Size | None) -> str:
             "expected batch_first=True, or axes that are put in that order)"
         )
     return "its first axis is not the examples"
+
+
+def _by_example(t: Trace, other: torch.Size | None, why: str) -> tuple[Trace, str]:
+    """A trace laid out by example and position, if its rows are the positions of all examples (OPT); else why not."""
+    (size, again), shape = TRACE_BATCHES, t.value.shape
+    joined = t.value.ndim == 2 and not shape[0] % size and other is not None
+    if not joined or other is None or other[0] * size != shape[0] * again:
+        return t, why
+    tap = replace(t.tap, layout=ByExample())
+    return replace(t, tap=tap, value=t.value.unflatten(0, (size, -1))), ""
 
 
 def _not_by_example(

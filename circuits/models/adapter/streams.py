@@ -8,12 +8,13 @@ something that is computed from it is the MLP's. Norms and scales on the way are
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from circuits.hooks import Tap, Trace
+from circuits.hooks import ByExample, OfAll, Tap, Trace
 from circuits.models.adapter.affine import ADDS, Affine, Products
 from circuits.models.adapter.attention import Batches
 from circuits.models.adapter.flow import ORDERS, Flow, moves, short_name
@@ -57,6 +58,8 @@ class TracedLayer:
         neurons: what that product is given.
         inputs: the products that make neurons of what the MLP reads: one, or two where one gates the other.
         mlp_given: what the MLP reads.
+        mlp_input: what it takes first, with a row for each example: what it reads or, where its code joins examples
+            and positions before it normalises them (OPT), the stream. None if there is no such tensor.
     """
 
     weights: HeadWeights
@@ -71,6 +74,7 @@ class TracedLayer:
     neurons: Value | None = None
     inputs: tuple[Affine, ...] = ()
     mlp_given: Value | None = None
+    mlp_input: Value | None = None
 
     @property
     def head(self) -> Head:
@@ -90,6 +94,7 @@ class TracedStream:
         last: the stream after the last layer.
         unembed: the product with the unembedding.
         search: what found it.
+        head: the first product of a readout that has several in a row (of masked language models); None otherwise.
     """
 
     flow: Flow
@@ -99,6 +104,7 @@ class TracedStream:
     last: Value
     unembed: Affine | None
     search: Search
+    head: Affine | None = None
 
     def same(self, value: Value) -> Value:
         """The value that this one is, before functions that change nothing."""
@@ -129,17 +135,33 @@ class TracedStream:
 
     def reads_alone(self, at: TracedLayer) -> bool:
         """Whether nothing but the MLP reads what it is given, so that a change there changes the MLP alone."""
-        if at.mlp_given is None:
+        if at.mlp_input is None or at.mlp_added is None:
             return False
-        waiting, firsts = [at.mlp_given], {affine.first for affine in at.inputs}
+        first = self.same(at.mlp_input)
+        waiting, inside = [first], set(self.flow.between(first, at.mlp_added))
         while waiting:
             for i in self.flow.taken_by.get(waiting.pop(), ()):
-                op = self.flow.program.operations[i]
-                if self.search.keeps(op) or short_name(op) in ("view", "reshape"):
-                    waiting += op.outputs
-                elif i not in firsts:
+                if i not in inside:
                     return False
+                op = self.flow.program.operations[i]
+                waiting += op.outputs if self.search.keeps(op) else ()
         return True
+
+    def mlp_reads(self, at: TracedLayer) -> list[int]:
+        """The operations by which the MLP takes its input."""
+        if at.mlp_input is None or at.mlp_added is None:
+            return []
+        ops = self.flow.program.operations
+        steps = self.flow.between(at.mlp_input, at.mlp_added)
+        found, inside = [i for i in steps if at.mlp_input in ops[i].inputs], set(steps)
+        # What only moves numbers may be read by others behind it: a change there would reach them, too.
+        waiting = [i for i in found if moves(ops[i])]
+        while waiting:
+            takers = [i for v in ops[waiting.pop()].outputs for i in self.flow.taken_by.get(v, ())]
+            if not inside.issuperset(takers):
+                return []
+            waiting += [i for i in takers if moves(ops[i])]
+        return found
 
     @property
     def table(self) -> Value | None:
@@ -149,6 +171,20 @@ class TracedStream:
             return None
         rows = [v for v in op.inputs if v not in self.flow.dependent]
         return rows[0] if len(rows) == 1 else None
+
+    @property
+    def renormalised(self) -> bool:
+        """Whether the stream itself is normalised within layers or between them (BERT): it is no sum then."""
+        ends = [v for at in self.layers for v in (at.between, at.after) if v is not None]
+        return any(not self._is_sum(v) for v in ends)
+
+    def _is_sum(self, value: Value) -> bool:
+        """Whether a value is the outcome of an addition."""
+        while (op := self.flow.operation(self.same(value))) is not None:
+            if len(op.inputs) != 1 or short_name(op) not in ORDERS:
+                return short_name(op) in ADDS
+            value = op.inputs[0]
+        return True
 
     @property
     def parallel(self) -> bool:
@@ -322,6 +358,8 @@ class Search(Products):
     def _mlp(
         self, own: TracedLayer, added: Value, after: Value, between: Value | None
     ) -> TracedLayer:
+        entry = self._entry(own.before if between is None else between, added)
+        own = replace(own, mlp_input=entry)
         last = self.affines_before(added)
         if len(last) != 1:  # experts, for example
             return replace(own, between=between, after=after, mlp_added=added)
@@ -333,7 +371,26 @@ class Search(Products):
         own = replace(own, between=between, after=after, mlp_added=added, mlp=mlp)
         if not known:
             return own
-        return replace(own, neurons=neurons, inputs=tuple(inputs), mlp_given=given.pop())
+        read = given.pop()
+        if math.prod(self.flow.shape(read)) == math.prod(self.flow.shape(own.before)):
+            entry = read
+        return replace(own, neurons=neurons, inputs=tuple(inputs), mlp_given=read, mlp_input=entry)
+
+    def _entry(self, stream: Value, added: Value) -> Value | None:
+        """The last value, laid out as the stream, through which all goes that an MLP makes of the stream, before any
+        product: what it reads, normalised, whatever follows (experts and their router).
+        """
+        steps = self.flow.between(stream, added)
+        earlier, found = {stream}, stream
+        for at, i in enumerate(steps):
+            if self.is_product(i):
+                break
+            made = self.flow.program.operations[i].outputs
+            rest = {v for j in steps[at + 1 :] for v in self.flow.program.operations[j].inputs}
+            if len(made) == 1 and earlier.isdisjoint(rest):
+                found = made[0] if self.flow.shape(made[0]) == self.flow.shape(stream) else found
+            earlier.update(made)
+        return found if steps else None
 
 
 def find_stream(
@@ -382,9 +439,20 @@ def find_stream(
         search.same(v) for v in search.ancestors(unembed.given)
     }:
         unembed = None
+    head = None if unembed is not None or final is None else _head(search, last, final)
     return TracedStream(
-        flow, tuple(layers), embed, position, search.last_same(last), unembed, search
+        flow, tuple(layers), embed, position, search.last_same(last), unembed, search, head
     )
+
+
+def _head(search: Search, last: Value, final: Value) -> Affine | None:
+    """The first product of a readout with several; None if the readout takes more than what this is given."""
+    found, flow = search.affine_after(last), search.flow
+    if found is None or flow.shape(found.given) != flow.shape(last):
+        return None
+    behind = set(flow.between(found.given, final))
+    steps = {*flow.between(last, found.given), *behind}
+    return found if behind and steps == set(flow.between(last, final)) else None
 
 
 def _keys_of_several_layers(search: Search, head: Head) -> bool:
@@ -448,13 +516,15 @@ def stream_values(stream: TracedStream) -> Mapping[str, Value]:
             f"{layer}.hook_mlp_out": at.mlp_added,
             f"{layer}.mlp.hook_out": at.mlp.made if at.mlp else None,
             f"{layer}.mlp.hook_post": at.neurons,
-            f"{layer}.mlp.hook_in": at.mlp_given if stream.reads_alone(at) else None,
+            f"{layer}.mlp.hook_in": at.mlp_input if stream.reads_alone(at) else None,
         }
     if stream.unembed is not None:
         unembed = stream.unembed
         found["hook_unembed"] = unembed.made
         if not stream.reads_stream(unembed):
             found["unembed.hook_in"] = unembed.given
+    elif stream.head is not None and not stream.reads_stream(stream.head):
+        found["head.hook_in"] = stream.head.given
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -504,18 +574,25 @@ def stream_sites(
             continue
         last = stream.search.last_same(value)
         address = stream.flow.address_of(last)
-        layout = _stream_layout(batches, last)
-        if address is None or layout is None:
+        if address is None:
             continue
-        tap = points.tap(address, layout if layout.held != layout.shown else None)
-        shape = tuple(layout.read(torch.zeros(stream.flow.shape(last))).shape[1:])
+        if _by_rows(stream, batches, last):
+            tap = points.tap(address, ByExample())
+            shape = (batches.of(last, 0), stream.flow.shape(last)[1])
+        elif (layout := _stream_layout(batches, last)) is not None:
+            tap = points.tap(address, layout if layout.held != layout.shown else None)
+            shape = tuple(layout.read(torch.zeros(stream.flow.shape(last))).shape[1:])
+        else:
+            continue
         site = Site(
             own[0], kind, ("batch", "position", "unit"), 2, shape, tuple(own[1:]), "HookPoint"
         )
         more.append((site, tap))
-    for name, affine in _shared_inputs(stream):
-        if (own := _input_site(stream, batches, name, affine, points)) is not None:
+    for name, value, steps in _shared_inputs(stream):
+        if (own := _input_site(stream, batches, name, value, steps, points)) is not None:
             more.append(own)
+    if (own := _position_site(stream, batches, points)) is not None:
+        more.append(own)
     return made, more
 
 
@@ -539,33 +616,77 @@ def _owner(
     return None
 
 
-def _shared_inputs(stream: TracedStream) -> Iterator[tuple[str, Affine]]:
-    """The products that read what others read, too, with the name of the site of what they read alone."""
+def _shared_inputs(stream: TracedStream) -> Iterator[tuple[str, Value, list[int]]]:
+    """What is read by others, too: the name of the site of what some operations read alone, the value, and these."""
     for n, at in enumerate(stream.layers):
-        if at.mlp_given is not None and not stream.reads_alone(at) and len(at.inputs) == 1:
-            yield f"blocks.{n}.mlp.hook_in", at.inputs[0]
+        if at.mlp_input is not None and not stream.reads_alone(at):
+            yield f"blocks.{n}.mlp.hook_in", at.mlp_input, stream.mlp_reads(at)
     if stream.unembed is not None and stream.reads_stream(stream.unembed):
-        yield "unembed.hook_in", stream.unembed
+        yield "unembed.hook_in", stream.unembed.given, [stream.unembed.first]
+    if stream.head is not None and stream.reads_stream(stream.head):
+        yield "head.hook_in", stream.head.given, [stream.head.first]
 
 
 def _input_site(
-    stream: TracedStream, batches: Batches, name: str, affine: Affine, points: Points
+    stream: TracedStream,
+    batches: Batches,
+    name: str,
+    value: Value,
+    steps: Sequence[int],
+    points: Points,
 ) -> tuple[Site, Tap] | None:
-    """The site of what a product reads, where it takes it; None if its axes are not batch, position and unit."""
-    i, shape = affine.first, stream.flow.shape(affine.given)
-    op = stream.flow.program.operations[i]
-    if affine.given not in op.args or len(shape) != 3 or batches.of(affine.given, 0) != 1:
+    """The site of what some operations take, where they take it; None if its axes are not batch, position and unit."""
+    shape, ops = stream.flow.shape(value), stream.flow.program.operations
+    taken = [stream.flow.argument_address(i, value) for i in steps]
+    once = all(ops[i].inputs.count(value) == 1 and ops[i].counted for i in steps)
+    if not once or not taken or len(shape) != 3 or batches.of(value, 0) != 1:
         return None
-    place = op.args.index(affine.given)
-    address = stream.flow.address(i, len(op.running), part="argument", place=place)
+    # Counted in the innermost module that encloses them all.
+    around = zip(*(ops[i].running for i in steps), strict=False)
+    depth = sum(1 for _ in itertools.takewhile(lambda modules: len(set(modules)) == 1, around))
+    first, *also = [
+        stream.flow.address(i, depth, part="argument", place=a.place, key=a.key, item=a.item)
+        for i, a in zip(steps, taken, strict=True)
+        if a is not None
+    ]
     axes = ("batch", "position", "unit")
-    return Site(name, "neuron", axes, 2, shape[1:], (), "HookPoint"), points.tap(address)
+    site = Site(name, "neuron", axes, 2, shape[1:], (), "HookPoint")
+    return site, points.tap(first, also=also)
+
+
+def _position_site(
+    stream: TracedStream, batches: Batches, points: Points
+) -> tuple[Site, Tap] | None:
+    """The site of what is added to the tokens' embedding for positions; None unless that is one vector for each."""
+    if stream.position is None:
+        return None
+    flow, first = stream.flow, stream.layers[0].before
+    shape, wanted = flow.shape(stream.position), flow.shape(first)
+    each = len(shape) == 3 and batches.of(stream.position, 0) == 1
+    same = shape[-2:] == wanted[1:] and (each or math.prod(shape[:-2]) == 1)
+    if batches.of(first, 0) != 1 or not same:
+        return None
+    leading = set(flow.before(first, lambda _: False))
+    taking = [i for i in flow.taken_by[stream.position] if i in leading]
+    address = flow.argument_address(taking[0], stream.position) if len(taking) == 1 else None
+    if address is None:
+        return None
+    axes = ("batch", "position", "unit")
+    site = Site("hook_pos_embed", "residual", axes, 2, tuple(wanted[1:]), (), "HookPoint")
+    return site, points.tap(address, None if each else OfAll())
 
 
 def _kind(names: Sequence[str]) -> SiteKind:
     if "hook_unembed" in names:
         return "logit"
     return "residual" if any(name.endswith(_STREAM) for name in names) else "neuron"
+
+
+def _by_rows(stream: TracedStream, batches: Batches, value: Value) -> bool:
+    """Whether a value has a row for each position of each example in turn, and a stream with examples first."""
+    n, first = batches.of(value, 0), stream.layers[0].before
+    rows = len(stream.flow.shape(value)) == 2 and n == stream.flow.shape(first)[1]
+    return rows and n > 1 and batches.of(first, 0) == 1
 
 
 def _stream_layout(batches: Batches, value: Value) -> Rearranged | None:

@@ -41,7 +41,9 @@ def written_change(
     change = other - live
     layer = stream.layer_of_heads(site)
     if layer is None:
-        return change[..., None, :]
+        mlp = stream.layer_of_mlp(site) if stream.scales else None
+        scale = 1.0 if mlp is None else stream.mlp_scale(mlp)
+        return (change if scale == 1 else change * scale)[..., None, :]
     return torch.einsum("sephd,hdm->sephm", change, stream.matrix("W_O", layer))
 
 
@@ -149,7 +151,8 @@ def mlp_output(
     assert mlp is not None, "it is a receiver"
     made = mlp(read.reshape(-1, *read.shape[-2:]))
     made = (made[0] if isinstance(made, tuple) else made).reshape(read.shape)
-    return made if after is None else after(made)
+    made = made if after is None else after(made)
+    return made if not stream.scales else made * stream.scales[layer][1]
 
 
 def input_change(
@@ -226,7 +229,7 @@ def norm_of(stream: Stream, receiver: Receiver) -> Any:
         return stream.norm("ln_final") or nn.Identity()
     layer = receiver.layer
     # Parallel layers have one normalisation for attention and MLP (GPT-J), or one for each (GPT-NeoX).
-    own = stream.norm("ln2", layer) if receiver.kind == "mlp" else None
+    own = stream.norm("mlp_input", layer) if receiver.kind == "mlp" else None
     if receiver.kind == "mlp" and not stream.parallel:
         return own or nn.Identity()
     return own or stream.norm("ln1", layer) or nn.Identity()
@@ -267,7 +270,10 @@ def check_stream(stream: Stream) -> None:
     """Raise ValueError unless, on examples, senders add up to the stream and receivers read it as is assumed."""
     model = stream.model
     names = {
-        site for r in stream.receivers for site in (stream.input_site(r), stream.stream_site(r))
+        site
+        for r in stream.receivers
+        if r.kind != "resid_mid"
+        for site in (stream.input_site(r), stream.stream_site(r))
     }
     names |= {
         *stream.sender_sites(stream.senders),
@@ -284,6 +290,23 @@ def check_stream(stream: Stream) -> None:
                     f"model {model.name}: {site} differs by {off:.2g} (of {size:.2g}) from what the residual stream "
                     "before it implies; paths need a stream that is the sum of its senders"
                 )
+
+
+def check_mlp_inputs(stream: Stream) -> None:
+    """Raise ValueError unless what MLPs write is that of what they are given at the sites of their inputs alone."""
+    mlps = [r for r in stream.receivers if r.kind == "mlp"]
+    inputs = [stream.input_site(r) for r in mlps]
+    outputs = [stream.output_site(Sender("mlp", r.layer)) for r in mlps]
+    example = stream.model.input.example(2)
+    cache = stream.model.run(example, read=[*inputs, *outputs])
+    put = {s: lambda _, s=s: cache[s].flip(0) * 1 for s in inputs}
+    made = stream.model.run(example, read=outputs, edits=put)
+    for site, mlp in zip(outputs, mlps, strict=True):
+        if not torch.allclose(made[site], cache[site].flip(0), rtol=1e-2, atol=1e-4):
+            raise ValueError(
+                f"model {stream.model.name}: what the MLP of layer {mlp.layer} writes depends on more than "
+                f"{stream.input_site(mlp)}, the site of its input, so that no edges lead into it"
+            )
 
 
 def _expected(stream: Stream, cache: ActivationCache) -> Iterator[tuple[str, Tensor]]:
@@ -313,12 +336,13 @@ def _expected(stream: Stream, cache: ActivationCache) -> Iterator[tuple[str, Ten
             written = written + stream.matrix("b_O", layer)
         post_norm = stream.norm("ln1_post", layer)
         written = written if post_norm is None else post_norm(written)
-        yield stream.attention_site(layer), written
+        yield stream.attention_site(layer), written / stream.shown_scale(layer, "attention")
         mlp = Receiver("mlp", layer)
         if mlp in stream.receivers:
             before = here if stream.parallel else here + written
             yield stream.input_site(mlp), norm_of(stream, mlp)(before)
-            written = written + cache[stream.output_site(Sender("mlp", layer))]
+            made = cache[stream.output_site(Sender("mlp", layer))]
+            written = written + made * stream.mlp_scale(layer)
         here = here + written
         yield stream.stream_site(Receiver("resid_post", layer)), here
         # From the model's own tensor on, so that rounding does not add up over layers.
@@ -338,11 +362,13 @@ def check_mlps(stream: Stream) -> None:
         try:
             with model.lock, evaluating(model.module), torch.no_grad():
                 made = mlp_output(stream, mlp.layer, cache[stream.input_site(mlp)])
-            same = bool(torch.allclose(made, cache[site], rtol=1e-3, atol=1e-5))
+            wanted = cache[site] * stream.mlp_scale(mlp.layer)
+            same = bool(torch.allclose(made, wanted, rtol=1e-3, atol=1e-5))
         except (
             TypeError,
             RuntimeError,
-        ):  # Bloom's MLP takes the residual stream as a second argument
+            AssertionError,
+        ):  # Bloom's MLP takes the residual stream as a second argument; experts are found to be no module
             same = False
         if not same:
             raise ValueError(

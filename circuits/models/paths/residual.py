@@ -35,6 +35,9 @@ STREAMS: tuple[ReceiverKind, ...] = ("resid_pre", "resid_mid", "resid_post")
 
 _PARTS: tuple[ReceiverKind, ...] = ("q", "k", "v")
 
+_READOUTS = ("unembed.hook_in", "head.hook_in")
+"""The site of what logits are made of: by the unembedding, or by a head of several layers (masked language models)."""
+
 
 @dataclass(frozen=True, order=True)
 class Sender:
@@ -127,6 +130,8 @@ class Stream:
         width: the number of its dimensions.
         last: the site of the stream that is read out.
         splits: attention and MLPs whose parts are senders.
+        scales: by what attention's and the MLP's outputs are multiplied in each layer before they are added (Granite);
+            empty where they are added as they are.
     """
 
     model: HookedModel
@@ -138,6 +143,7 @@ class Stream:
     width: int
     last: str
     splits: tuple[Split, ...] = ()
+    scales: tuple[tuple[float, float], ...] = ()
     _norms: dict[nn.Module, Norm] = field(default_factory=dict, repr=False)
     _reaching: dict[Receiver, Tensor] = field(default_factory=dict, repr=False)
     _writers: dict[tuple[int, Writing], Writers] = field(default_factory=dict, repr=False)
@@ -152,6 +158,13 @@ class Stream:
         transformer = Transformer(model)
         parallel = transformer.parallel
         known = {name for s in model.sites for name in (s.name, *s.aliases)}
+        if transformer.parts.renormalised:
+            raise ValueError(
+                f"model {model.name} normalises its residual stream itself, in or between its layers (as BERT does): "
+                "what a part writes reaches later ones through all normalisations between, so that nothing is added "
+                "along a direct path; expected a model that normalises what reads the stream, or whole sites to patch "
+                "(`circuits patch`)"
+            )
         # `[x] * condition` is a list of one or none. Rotary and ALiBi models add no position embedding to the stream.
         senders = [Sender("token"), *[Sender("position")] * (transformer.position is not None)]
         receivers: list[Receiver] = []
@@ -174,10 +187,15 @@ class Stream:
             ]
             receivers += [Receiver("resid_mid", layer)] * (mlp and not parallel)
             receivers += [Receiver("mlp", layer)] * mlp + [Receiver("resid_post", layer)]
+        if known.isdisjoint(_READOUTS):
+            raise ValueError(
+                f"model {model.name} has no site at which only what its logits are made of can be changed: its output "
+                "is not made of its last stream alone, by a product with weights, so that nothing has an edge to it"
+            )
         last = "ln_final.hook_in" if "ln_final.hook_in" in known else transformer.last
         return cls(
             model, tuple(senders), (*receivers, Receiver("logits")), parallel, transformer.layers,
-            transformer.parts, transformer.width, last,
+            transformer.parts, transformer.width, last, scales=_scales(transformer, known),
         )  # fmt: skip
 
     def split(self, splits: Sequence[Split]) -> Stream:
@@ -219,8 +237,32 @@ class Stream:
         """
         found = self.parts.attention(name, layer)
         if found is None:
-            raise ValueError(f"layer {layer} of {self.model.name} has no matrix {name}")
-        return found.detach()
+            raise ValueError(
+                f"layer {layer} of {self.model.name} has no matrix {name}: between its heads and the stream there are "
+                "several steps (as in latent attention), so that heads have no edges; expected a model whose heads "
+                "read and write the stream through one matrix each, or whole sites to patch (`circuits patch`)"
+            )
+        scale = self.attention_scale(layer) if name.endswith("_O") else 1.0
+        return found.detach() if scale == 1 else found.detach() * scale
+
+    def attention_scale(self, layer: int) -> float:
+        """By what a layer's attention is multiplied before it is added to the stream."""
+        return self.scales[layer][0] if self.scales else 1.0
+
+    def shown_scale(self, layer: int, writing: Writing) -> float:
+        """By what the tensor at the site of what attention or the MLP adds is multiplied before it is added."""
+        if writing == "mlp":
+            return self.mlp_scale(layer)
+        return 1.0 if self.layers[layer].attention else self.attention_scale(layer)
+
+    def mlp_scale(self, layer: int) -> float:
+        """By what the tensor at the site of an MLP's output is multiplied before it is added to the stream."""
+        return 1.0 if self.layers[layer].mlp_added or not self.scales else self.scales[layer][1]
+
+    def layer_of_mlp(self, site: str) -> int | None:
+        """The layer whose MLP writes what a site shows; None if it is another site."""
+        mlps = (r.layer for r in self.receivers if r.kind == "mlp")
+        return next((i for i in mlps if self.output_site(Sender("mlp", i)) == site), None)
 
     # --- names -----------------------------------------------------------------------------------
 
@@ -372,16 +414,20 @@ class Stream:
         if sender.kind == "head":
             return self.heads_site(sender.layer)
         if sender.kind == "mlp":
-            return _shown(self.layers[sender.layer].mlp_added)
-        return self._named("hook_embed" if sender.kind == "token" else "hook_pos_embed")
+            layer = self.layers[sender.layer]
+            return _shown(layer.mlp_added or layer.mlp)
+        if sender.kind == "position":
+            return self._named("hook_pos_embed")
+        # What enters the first layer is that of the tokens, if nothing shows their embedding by itself.
+        return self._named("hook_embed") if "hook_embed" in self._known else self.layers[0].before
 
     def heads_site(self, layer: int) -> str:
         """The site of a layer's heads, before their output weights W_O."""
         return _shown(self.layers[layer].heads)
 
     def attention_site(self, layer: int) -> str:
-        """The site of what a layer's heads and bias add to the stream together."""
-        return _shown(self.layers[layer].attention)
+        """The site of what a layer's heads and bias add to the stream together, or of that before it is scaled."""
+        return self.layers[layer].attention or self._named(f"blocks.{layer}.attn.hook_out")
 
     def before_post_norm_site(self, layer: int) -> str:
         """The same before the normalisation that some models (Gemma 2) have after attention."""
@@ -400,15 +446,26 @@ class Stream:
     def input_site(self, receiver: Receiver) -> str:
         """The site at which the input of this receiver alone can be changed (for a head: of its layer's heads)."""
         if receiver.kind == "logits":
-            return self._named("unembed.hook_in")
+            return self._named(next(name for name in _READOUTS if name in self._known))
         # A change at `hook_resid_mid` would reach the MLP only: the skip connection around the MLP is not read from
         # it. What attention adds goes both ways.
         if receiver.kind == "resid_mid":
-            return self.attention_site(receiver.layer)
+            found = self.layers[receiver.layer].attention
+            if found is None:
+                raise ValueError(
+                    f"resid_mid:{receiver.layer} of {self.model.name}: no site shows what attention adds to the stream "
+                    f"after it is scaled; expected resid_pre:{receiver.layer} or resid_post:{receiver.layer}"
+                )
+            return found
         if receiver.kind in STREAMS:
             return self.stream_site(receiver)
         inner = "mlp.hook_in" if receiver.kind == "mlp" else f"attn.hook_{receiver.kind}"
         return self._named(f"blocks.{receiver.layer}.{inner}")
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        """All names of the model's sites."""
+        return frozenset(name for s in self.model.sites for name in (s.name, *s.aliases))
 
     def _named(self, site: str) -> str:
         """A site's own name, by any of its names."""
@@ -427,19 +484,45 @@ def _shown(site: str | None) -> str:
 
 def _require(model: HookedModel, known: set[str], layer: int, mlp: bool, middle: bool) -> None:
     """Raise ValueError if a layer lacks a site."""
-    if "hook_embed" not in known:
+    if "hook_embed" not in known and "hook_pos_embed" in known:
         raise ValueError(
             f"model {model.name} has no site hook_embed: no single embedding of its tokens enters the stream"
         )
-    needed = ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "attn.hook_z"]
-    needed += [f"attn.hook_{part}" for part in _PARTS]
-    needed += ["hook_mlp_out"] * mlp + ["hook_resid_mid"] * middle
-    for name in needed:
-        if f"blocks.{layer}.{name}" not in known:
+    needed = [
+        ["hook_resid_pre"],
+        ["hook_resid_post"],
+        ["hook_attn_out", "attn.hook_out"],
+        ["attn.hook_z"],
+    ]
+    needed += [[f"attn.hook_{part}"] for part in _PARTS]
+    needed += [["hook_mlp_out", "mlp.hook_out"]] * mlp + [["hook_resid_mid"]] * middle
+    for names in needed:
+        if known.isdisjoint(f"blocks.{layer}.{name}" for name in names):
             raise ValueError(
-                f"model {model.name} has no site blocks.{layer}.{name} with the batch in front: its residual "
+                f"model {model.name} has no site blocks.{layer}.{names[0]} with the batch in front: its residual "
                 "stream cannot be followed"
             )
+
+
+def _scales(transformer: Transformer, known: set[str]) -> tuple[tuple[float, float], ...]:
+    """By what outputs of attention and MLPs are multiplied before they are added, where they are not added as they are.
+
+    Raises:
+        ValueError: if that cannot be told.
+    """
+    shown = all(at.attention is not None for at in transformer.layers)
+    if shown and not transformer.parts.scaled:
+        return ()
+    found = []
+    for layer, made in zip(transformer.layers, transformer.writes, strict=True):
+        mlp = transformer.parts.has_mlp(layer.number) and layer.mlp_added is None
+        if made.attention is None or (mlp and made.mlp is None):
+            raise ValueError(
+                f"model {transformer.model.name}: what layer {layer.number} adds to the stream is not the output of "
+                "its heads and its MLP, or that times a number; paths need a stream that is the sum of its senders"
+            )
+        found.append((made.attention.scale, made.mlp.scale if made.mlp else 1.0))
+    return tuple(found)
 
 
 _HEAD = re.compile(r"head:([0-9]{1,18}\.[0-9]{1,18})")

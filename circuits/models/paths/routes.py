@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.models.paths.contributions import check_stream
+from circuits.models.adapter.sites import is_bridge
+from circuits.models.paths.contributions import check_mlp_inputs, check_stream
 from circuits.models.paths.residual import STREAMS, Path, Receiver, Sender, Stream
 
 
@@ -15,8 +16,11 @@ def stream_of(model: HookedModel) -> Stream:
             with each receiver reading it through one normalisation.
     """
     stream = Stream.of(model)
-    with model.lock, model.outside():
-        check_stream(stream)
+    with model.lock:
+        with model.outside():
+            check_stream(stream)
+        if not is_bridge(model.module) and not model.edited:
+            check_mlp_inputs(stream)
     return stream
 
 

@@ -68,7 +68,7 @@ def _entering(transformer: Transformer, at: Callable[[str], Tensor]) -> Iterator
     if transformer.embed is not None and transformer.position is not None:
         token, position = at(transformer.embed), at(transformer.position)
         off = token.double() + position.double() - whole.double()
-        if float(off.norm()) <= 1e-2 * float(whole.double().norm()):
+        if float(off.detach().norm()) <= 1e-2 * float(whole.detach().double().norm()):
             yield "embed", whole.double() - position.double()
             yield "pos_embed", position.double()
             return
