@@ -33,6 +33,9 @@ class Grain:
     neurons: Annotated[str, option(
         "Of a transformer: the layers whose MLPs are split into neurons, such as 3,5-7, or all."
     )] = ""  # fmt: skip
+    neuron_targets: Annotated[str, option(
+        "Of a transformer: the layers whose MLPs are targets neuron by neuron, such as 3,5-7, or all."
+    )] = ""  # fmt: skip
     latents: Annotated[str, option(
         "Of a transformer with autoencoders (MODEL+sae/NAME): split what they code into latents and the error: active "
         "(the latents that are active on the task), all, or some, such as sae/NAME:1,2,5-9."
@@ -57,6 +60,6 @@ class Grain:
         """
         latents = chosen_latents(model, self.latents, task, edges) if self.latents else ()
         return edge_graph(
-            model, parse_sites(self.sites), self.kv, spans=self.spans, neurons=self.neurons, latents=latents,
-            limit=self.most_edges,
+            model, parse_sites(self.sites), self.kv, spans=self.spans, neurons=self.neurons,
+            neuron_targets=self.neuron_targets, latents=latents, limit=self.most_edges,
         )  # fmt: skip

@@ -42,6 +42,7 @@ def edge_graph(
     *,
     spans: str | Sequence[str] = (),
     neurons: str = "",
+    neuron_targets: str = "",
     latents: Sequence[str | Units] = (),
     limit: int = LIMIT,
 ) -> EdgeGraph:
@@ -56,6 +57,7 @@ def edge_graph(
         spans: of a transformer: spans of positions, at each of which what a target reads is patched by itself: ranges
             from 0 (`0,1-4,5-`; negative: from the end), names that the task gives to parts of its texts, and `rest`.
         neurons: of a transformer: the layers whose MLPs are split into neurons as sources, such as `3,5-7` or `all`.
+        neuron_targets: the same as targets: an edge leads to what one neuron is given.
         latents: of a transformer with autoencoders (`HookedModel.attach`): those whose latents are sources, as
             `sae/NAME`, `sae/NAME:1,2,5-9` or `Units` (`active_latents` has those that a task needs), with what is left
             of their site as one more source.
@@ -67,10 +69,10 @@ def edge_graph(
             spans, neurons or latents of another model, or spans do not hold each position once.
     """
     words = spans if isinstance(spans, str) else ",".join(spans)
-    graph = _built(model, sites, kv, words, neurons, latents, limit)
+    graph = _built(model, sites, kv, words, neurons, neuron_targets, latents, limit)
     given: dict[str, Any] = {
-        "sites": [*sites], "kv": kv, "spans": words, "neurons": neurons, "latents": [*map(str, latents)],
-        "limit": limit,
+        "sites": [*sites], "kv": kv, "spans": words, "neurons": neurons,
+        "neuron_targets": neuron_targets, "latents": [*map(str, latents)], "limit": limit,
     }  # fmt: skip
     usual = {"kv": "group", "limit": LIMIT}
     graph.choices = {k: v for k, v in given.items() if v and v != usual.get(k)}
@@ -83,6 +85,7 @@ def _built(
     kv: KeysValues,
     spans: str,
     neurons: str,
+    neuron_targets: str,
     latents: Sequence[str | Units],
     limit: int,
 ) -> EdgeGraph:
@@ -91,8 +94,9 @@ def _built(
         raise ValueError(f"spans {named}: {model.name} takes images; spans are of texts")
     units = [Units.parse(x) if ":" in x else Units(x, None) for x in map(str, latents)]
     if isinstance(model.input, ImageInput) and not model.has_stream:
-        if neurons or units:
-            what = f"neurons {neurons}" if neurons else f"latents {units[0]}"
+        if neurons or neuron_targets or units:
+            what = f"neurons {neurons or neuron_targets}"
+            what = what if neurons or neuron_targets else f"latents {units[0]}"
             raise ValueError(f"{what}: the edges of {model.name} are between channels of sites")
         if kv != "group":
             raise ValueError(f"kv {kv}: {model.name} is no transformer: it has no keys and values")
@@ -102,7 +106,15 @@ def _built(
             f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "
             "convolutional networks"
         )
-    return StreamGraph(model, kv, spans=named, neurons=neurons, latents=units, limit=limit)
+    return StreamGraph(
+        model,
+        kv,
+        spans=named,
+        neurons=neurons,
+        neuron_targets=neuron_targets,
+        latents=units,
+        limit=limit,
+    )
 
 
 def chosen_latents(

@@ -529,7 +529,7 @@ def evaluate(
     on_find = float("nan") if find is None else _on_find(Runs(graph, find, **settings), kept)
     metric, several = runs.metric, values[len(fixed) : first]
     return Evaluation(
-        tuple(graph.edges[i] for i in np.flatnonzero(kept)), len(graph), metric.name, metric.unit, metric.better,
+        tuple(graph.edges[i] for i in np.flatnonzero(kept).tolist()), len(graph), metric.name, metric.unit, metric.better,
         values[0], values[1], values[2], values[3], values[first:last],
         _likeness(graph, kept, randoms), dict(zip(more, several, strict=True)),
         {name: int(c.sum()) for name, c in more.items()}, curves[0] if curves else None, tuple(curves[1:]), on_find,

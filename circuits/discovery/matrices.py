@@ -102,7 +102,9 @@ def read_matrix(stream: Stream, receiver: Receiver) -> Float[Tensor, "d_model in
     Raises:
         ValueError: if it cannot be had.
     """
-    if receiver.kind == "logits":
+    if receiver.kind == "neuron":
+        matrix = stream.parts.neuron_inputs(receiver.layer)[-1][:, receiver.head, None]
+    elif receiver.kind == "logits":
         matrix = stream.parts.unembedding()[0]
     elif receiver.kind == "mlp":
         matrix = _neurons(stream, receiver.layer)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -75,7 +75,7 @@ class EdgeScores:
 
     method: str
     settings: Mapping[str, Any]
-    edges: tuple[Edge, ...]
+    edges: Sequence[Edge]
     values: Float[np.ndarray, "example edge"]
     clean: Float[np.ndarray, " example"]
     corrupted: Float[np.ndarray, " example"]

@@ -17,9 +17,9 @@ from circuits.discovery.graphs import LIMIT, EdgeGraph, PlacedNode
 from circuits.discovery.grouped import SharedHeads
 from circuits.discovery.matrices import path_norms
 from circuits.discovery.spans import Spans
+from circuits.discovery.splitting import check_neurons_read, parse_layers
 from circuits.discovery.splitting import latents as latents_of
 from circuits.discovery.splitting import neurons as neurons_of
-from circuits.discovery.splitting import parse_layers
 from circuits.experiments.patched_runs import Options, changes_of
 from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
@@ -33,7 +33,7 @@ from circuits.models.paths.contributions import (
     written_change,
 )
 from circuits.models.paths.parts import PartsChange, Split
-from circuits.models.paths.residual import STREAMS, Receiver, Sender, Stream
+from circuits.models.paths.residual import NEURONS, STREAMS, Receiver, Sender, Stream
 from circuits.models.paths.routes import stream_of
 from circuits.tasks.targets import output_site
 from circuits.tasks.task import Task, TaskBatch
@@ -61,6 +61,9 @@ class StreamGraph(EdgeGraph):
             query's position, those of keys and values at the key's. None: at all positions together.
         neurons: the layers of MLPs whose neurons are sources, such as `3,5-7` or `all`. What an MLP is given feeds all
             of its neurons.
+        neuron_targets: the layers of MLPs whose neurons are targets: an edge into one changes what it is given before
+            its nonlinearity (in a gated MLP, and what that is multiplied with), and feeds the neuron alone if neurons
+            are sources, too, or the MLP.
         latents: latents of attached autoencoders (`sae/NAME`, all or some) that are sources, each with what is left of
             their site's tensor as one more, in the place of the MLP or of the heads of the layer.
         limit: the most edges.
@@ -79,6 +82,7 @@ class StreamGraph(EdgeGraph):
         *,
         spans: Spans | None = None,
         neurons: str = "",
+        neuron_targets: str = "",
         latents: Sequence[Units] = (),
         limit: int = LIMIT,
     ) -> None:
@@ -87,7 +91,10 @@ class StreamGraph(EdgeGraph):
         self.model, self.spans = model, spans
         whole = stream_of(model)
         self._shared = _sharing(whole) if kv == "head" else {}
-        self.stream: Stream = split_stream(whole, neurons, latents)
+        self._read_by_neuron = read_by_neurons(whole, neuron_targets) if neuron_targets else ()
+        self.stream: Stream = split_stream(whole, neurons, latents).with_neurons(
+            self._read_by_neuron
+        )
         self.grain = _grain(self.stream, spans, BY_HEAD if self._shared else "heads and MLPs")
         senders = [s for s in self.stream.senders if s.kind != "bias"]
         named = dict(self._named_receivers())
@@ -97,12 +104,17 @@ class StreamGraph(EdgeGraph):
         ends = [""] if spans is None else [f"@{name}" for name in spans.names]
         # The place of each source among the stream's senders, biases included.
         self._sender = np.flatnonzero([s.kind != "bias" for s in self.stream.senders])
-        reach = [self.stream.reaching(r).numpy()[self._sender] for r in self._receivers]
-        self._check([int(r.sum()) * self._n_spans for r in reach], limit)
+        # The sources that reach a target are the first ones.
+        reach = [int(self.stream.reaching(r).numpy()[self._sender].sum()) for r in self._receivers]
+        self._check([n * self._n_spans for n in reach], limit)
         self.sources = tuple(map(str, senders))
         self.targets = tuple(f"{name}{end}" for name in named for end in ends)
-        target, source = np.nonzero(np.repeat(np.stack(reach), self._n_spans, 0))
-        self.ends = np.stack([source, target], 1)
+        reach = np.repeat(reach, self._n_spans)
+        # Two columns of small integers: of 10^7 edges they are 80 MB.
+        self.ends = np.empty((int(reach.sum()), 2), np.int32)
+        self.ends[:, 1] = np.repeat(np.arange(len(reach), dtype=np.int32), reach)
+        for (start, stop), n in zip(pairwise(self.bounds), reach.tolist(), strict=True):
+            self.ends[start:stop, 0] = np.arange(n)
         self.feeds = tuple(self._fed(name, r) for name, r in named.items() for _ in ends)
         self.input_sites = tuple(
             self.stream.output_site(s) for s in senders if s.kind in ("token", "position")
@@ -129,7 +141,8 @@ class StreamGraph(EdgeGraph):
         """The targets' names, each with what it reads the stream as: several have the keys of their group."""
         for receiver in self.stream.receivers:
             shared = self._shared.get(receiver.layer)
-            if receiver.kind in STREAMS:
+            by_neuron = receiver.kind == "mlp" and receiver.layer in self._read_by_neuron
+            if receiver.kind in (*STREAMS, "neuron_linear") or by_neuron:
                 continue
             if shared is None or receiver.kind not in ("q", *shared.letters):
                 yield str(receiver), receiver
@@ -149,11 +162,12 @@ class StreamGraph(EdgeGraph):
         """The sources that are computed from what a target reads."""
         if receiver.kind == "logits":
             return ()
-        writers = self.stream.writers(
-            receiver.layer, "mlp" if receiver.kind == "mlp" else "attention"
-        )
+        of_mlp = receiver.kind in ("mlp", "neuron")
+        writers = self.stream.writers(receiver.layer, "mlp" if of_mlp else "attention")
         own = range(writers.columns.start, writers.columns.stop)
-        if writers.split is None and receiver.kind != "mlp":
+        if receiver.kind == "neuron" and writers.split is not None and not writers.split.whole:
+            own = own[receiver.head : receiver.head + 1]
+        if writers.split is None and not of_mlp:
             letter = {"q": "Q", "k": "K", "v": "V"}[receiver.kind]
             group = self.stream.parts.group
             by_head, at = self._by_head(receiver), int(name.split(".")[1])
@@ -179,9 +193,9 @@ class StreamGraph(EdgeGraph):
             found[name] = kind
         for i, name in enumerate(self.targets):
             receiver, span = self._receivers[i // self._n_spans], name.partition("@")
-            heads = receiver.kind in ("q", "k", "v")
+            many = receiver.kind in ("q", "k", "v", "neuron")
             kind = f"{receiver.kind}{''.join(span[1:])} of layer {receiver.layer}"
-            found[name] = kind if heads else name
+            found[name] = kind if many else name
         return found
 
     def way(self, target: int) -> str:
@@ -213,7 +227,8 @@ class StreamGraph(EdgeGraph):
     def _reads(self) -> tuple[str, ...]:
         stream = self.stream
         senders = stream.sender_sites(s for s in stream.senders if s.kind != "bias")
-        read = (s for r in self._receivers for s in (stream.stream_site(r), stream.input_site(r)))
+        firsts = [(self._receivers[numbers[0]], site) for site, numbers in self._at_site.items()]
+        read = (s for r, site in firsts for s in (stream.stream_site(r), site))
         return tuple(dict.fromkeys([*senders, *read]))
 
     @property
@@ -222,14 +237,37 @@ class StreamGraph(EdgeGraph):
 
     @property
     def pull_reads(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.stream.stream_site(r) for r in self._receivers))
+        firsts = (self._receivers[numbers[0]] for numbers in self._at_site.values())
+        return tuple(dict.fromkeys(map(self.stream.stream_site, firsts)))
 
     @cached_property
     def _at_site(self) -> dict[str, list[int]]:
-        """The receivers at each site that can be changed, in order."""
-        found: dict[str, list[int]] = {}
+        """The receivers at each site that can be changed, in order; neurons of gated MLPs are at two."""
+        found: dict[tuple[str, int], list[int]] = {}
         for i, receiver in enumerate(self._receivers):
-            found.setdefault(self.stream.input_site(receiver), []).append(i)
+            for own in self._apart(receiver):
+                found.setdefault((own.kind, own.layer), []).append(i)
+        named: dict[str, list[int]] = {}
+        for (kind, layer), numbers in found.items():
+            named.setdefault(self.stream.input_site(Receiver(kind, layer)), []).extend(numbers)  # type: ignore[arg-type]
+        return named
+
+    def _apart(self, receiver: Receiver) -> tuple[Receiver, ...]:
+        """What a receiver reads the stream as: neurons of a gated MLP do twice."""
+        if receiver.kind != "neuron" or receiver.layer not in self._gated:
+            return (receiver,)
+        return receiver, replace(receiver, kind="neuron_linear")
+
+    @cached_property
+    def _gated(self) -> frozenset[int]:
+        """The layers whose neurons are targets and read the stream twice."""
+        return frozenset(r.layer for r in self.stream.receivers if r.kind == "neuron_linear")
+
+    def _at(self, site: str, numbers: Sequence[int]) -> list[Receiver]:
+        """Receivers, as which they are at a site."""
+        found = [self._receivers[i] for i in numbers]
+        if found[0].kind == "neuron" and site != self.stream.input_site(found[0]):
+            return [replace(r, kind="neuron_linear") for r in found]
         return found
 
     def source_sites(self) -> Iterator[tuple[tuple[str, ...], list[int]]]:
@@ -276,7 +314,8 @@ class StreamGraph(EdgeGraph):
                 table = off.new_zeros(len(off), shape[1] * shape[2])
                 table = table.index_copy(1, places, given)
                 table = table if self.spans is None else table.reshape(shape)
-                patches[receiver] = patches[receiver] + table if receiver in patches else table
+                for own in self._apart(receiver):
+                    patches[own] = patches[own] + table if own in patches else table
         options = Options() if self.spans is None else Options(span=other[_SPAN])
         return changes_of(self.stream, patches, other, options, known)
 
@@ -284,12 +323,12 @@ class StreamGraph(EdgeGraph):
     def _tables(self) -> list[tuple[slice, Int[Tensor, " edge"]]]:
         """For each receiver its edges, and their places in its table of senders and spans."""
         n, found = self._n_spans, []
-        first = np.searchsorted(self.ends[:, 1], np.arange(len(self._receivers) + 1) * n)
-        for start, stop in pairwise(first.tolist()):
-            source, target = self.ends[start:stop].T
-            found.append(
-                (slice(start, stop), torch.from_numpy(self._sender[source] * n + target % n))
-            )
+        known: dict[int, Tensor] = {}  # receivers that the same sources reach share places
+        for start, stop in pairwise(self.bounds[::n]):
+            if stop - start not in known:
+                source, target = self.ends[start:stop].T
+                known[stop - start] = torch.from_numpy(self._sender[source] * n + target % n)
+            found.append((slice(start, stop), known[stop - start]))
         return found
 
     def placed(self, task: Task, part: TaskBatch) -> dict[str, Tensor]:
@@ -357,7 +396,7 @@ class StreamGraph(EdgeGraph):
     ) -> dict[str, Tensor]:
         found, tangents = dict[str, Tensor](), dict[tuple[str, int], Tangent | None]()
         for site, numbers in self._at_site.items():
-            receivers = [self._receivers[r] for r in numbers]
+            receivers = self._at(site, numbers)
             before = self.stream.stream_site(receivers[0])
             # Queries, keys and values of a layer read the same stream through the same normalisation.
             key = before, id(norm_of(self.stream, receivers[0]))
@@ -389,12 +428,13 @@ class StreamGraph(EdgeGraph):
             whole = self._whole[: int(np.searchsorted(self._whole, reach))]
             products = change[:, : len(whole)].flatten(2) @ gradient.flatten(2).transpose(1, 2)
             rows = whole[:, None] if self.stream.splits else slice(reach)
-            made[:, rows, targets] = products
+            again = self._at(site, receivers)[0].kind == "neuron_linear"
+            made[:, rows, targets] = products + made[:, rows, targets] if again else products
             for name, some in self._part_sources.items():
                 if some.start < reach:
-                    made[:, some, targets] = _products(
-                        moved[name], gradient, tangents[name], linear
-                    )
+                    parts = _products(moved[name], gradient, tangents[name], linear)
+                    parts = parts + made[:, some, targets] if again else parts
+                    made[:, some, targets] = parts
         source, target = torch.from_numpy(self.ends).T
         return made[:, source, target]
 
@@ -442,16 +482,18 @@ class StreamGraph(EdgeGraph):
         weights = weights if counted is None else weights * counted.to(weights)[..., None]
         weights = weights if inside is None else weights * inside.to(weights)
         weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
-        for receivers in self._at_site.values():
+        for site, receivers in self._at_site.items():
             reach = 1 + int(self.ends[self.edges_into[receivers[0] * n], 0].max())
             whole = self._whole[: int(np.searchsorted(self._whole, reach))]
-            for receiver, given in self._given(clean, written[:, : len(whole)], receivers):
+            # Of a gated neuron the last site counts, as of its weights: what does not pass the activation function.
+            for receiver, given in self._given(clean, written[:, : len(whole)], receivers, site):
                 squares = torch.einsum("espd,epk->esk", given.square(), weights)
                 made[:, whole[:, None], self._targets([receiver])] = squares.sqrt()
                 for split in self.stream.splits:
                     own = self._part_sources[split.site]
                     if own.start < reach:
-                        sizes = self._part_sizes(split, moved[split.site], clean, receiver, weights)
+                        read = self._at(site, [receiver])[0]
+                        sizes = self._part_sizes(split, moved[split.site], clean, read, weights)
                         made[:, own, self._targets([receiver])] = sizes
         source, target = torch.from_numpy(self.ends).T
         return made[:, source, target]
@@ -461,14 +503,14 @@ class StreamGraph(EdgeGraph):
         split: Split,
         moved: PartsChange,
         clean: Mapping[str, Tensor],
-        number: int,
+        receiver: Receiver,
         weights: Tensor,
     ) -> Float[Tensor, "example part span"]:
         """How large what parts add to what a receiver is given is, with the scales of normalisations held.
 
         Parts write along one direction each, so that a normalisation's scale is a factor at each position.
         """
-        stream, receiver = self.stream, self._receivers[number]
+        stream = self.stream
         read, scale = split.directions.double(), moved.activations.double()
         passed = [
             (split.norm, split.before),
@@ -478,21 +520,21 @@ class StreamGraph(EdgeGraph):
             if norm is not None and not isinstance(norm, nn.Identity):
                 measured = stream.measured(norm)
                 read, scale = measured.linear(read), scale * measured.factor(clean[site])
-        if receiver.kind in ("q", "k", "v"):
+        if receiver.kind in ("q", "k", "v", *NEURONS):
             read = read @ read_matrices(stream, [receiver])[0].double()
         squares = torch.einsum("epn,epk->enk", scale.square(), weights.double())
         return (squares.sqrt() * read.norm(dim=1)[:, None]).to(weights)
 
     def _given(
-        self, clean: Mapping[str, Tensor], written: Tensor, numbers: Sequence[int]
+        self, clean: Mapping[str, Tensor], written: Tensor, numbers: Sequence[int], site: str = ""
     ) -> Iterator[tuple[int, Float[Tensor, "example source position inner"]]]:
         """What sources add to what each receiver of a site is given, with the scale of the normalisation held."""
-        receivers = [self._receivers[r] for r in numbers]
+        receivers = self._at(site or self.stream.input_site(self._receivers[numbers[0]]), numbers)
         before = clean[self.stream.stream_site(receivers[0])]
         tangent = tangent_of(self.stream, receivers[0], before)
         read = written if tangent is None else tangent.pushed(written, held=True)
         for number, receiver in zip(numbers, receivers, strict=True):
-            heads = receiver.kind in ("q", "k", "v")
+            heads = receiver.kind in ("q", "k", "v", *NEURONS)
             yield number, read @ read_matrices(self.stream, [receiver])[0] if heads else read
 
     def _written(
@@ -548,6 +590,18 @@ def split_stream(stream: Stream, neurons: str, latents: Sequence[Units]) -> Stre
     return stream.split(splits) if splits else stream
 
 
+def read_by_neurons(stream: Stream, text: str) -> tuple[int, ...]:
+    """The layers of a list, whose MLPs read the stream by neuron.
+
+    Raises:
+        ValueError: if it is no such list, or the neurons of a layer do not read what its MLP is given by matrices.
+    """
+    layers = parse_layers(text, stream, "neuron_targets")
+    for layer in layers:
+        check_neurons_read(stream, layer)
+    return layers
+
+
 def _sharing(stream: Stream) -> dict[int, SharedHeads]:
     """The layers with heads that share keys or values."""
     found = {i: SharedHeads.of(stream, i) for i in range(stream.n_layers)}
@@ -564,6 +618,11 @@ def _grain(stream: Stream, spans: Spans | None, heads: str) -> str:
     layers = [str(split.layer) for split in stream.splits if not split.whole]
     if layers:
         said.append(f"neurons of {'layer' if len(layers) == 1 else 'layers'} {', '.join(layers)}")
+    read = dict.fromkeys(str(r.layer) for r in stream.receivers if r.kind == "neuron")
+    if read:
+        said.append(
+            f"neurons of {'layer' if len(read) == 1 else 'layers'} {', '.join(read)} as targets"
+        )
     return " and ".join(said) + ("" if spans is None else f" at spans {spans}")
 
 
