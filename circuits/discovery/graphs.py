@@ -81,6 +81,9 @@ class EdgeNames(Sequence[Edge]):
 
 _AT_ONCE = 4096
 
+_PIECE = 2**24
+"""How many scores of a large graph are computed at once."""
+
 
 class _Ranges(Sequence["Int[np.ndarray, ' edge']"]):
     """The numbers from each bound to the next, made when they are asked for."""
@@ -405,6 +408,37 @@ class EdgeGraph(ABC):
             pulled: what `pulled` returns.
             linear: see `pulled`; of normalisations that sources pass before they are added up.
         """
+
+    def pieces(
+        self,
+        clean: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        slopes: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+        linear: bool = False,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """`contracted` of the mean of `pulled` over some runs, for graphs of which it is too large for one tensor.
+
+        Args:
+            clean: the tensors of `reads` in the intact run.
+            other: those in the run that patched edges carry.
+            slopes: of each run in which the gradient was taken, what `pulled` is given.
+            linear: see `pulled`.
+
+        Yields:
+            Some examples, some edges, and the scores of these, example x edge; together all of them.
+        """
+        pulled = dict[str, Tensor]()
+        for cache, gradients in slopes:
+            for site, value in self.pulled(cache, gradients, linear).items():
+                pulled[site] = pulled[site].add_(value) if site in pulled else value
+        pulled = {site: value / len(slopes) for site, value in pulled.items()}
+        n, size = len(next(iter(pulled.values()))), max(1, _PIECE // len(self))
+        for start in range(0, n, size):
+            at = slice(start, min(start + size, n))
+            one, two, three = (
+                {name: v[at] for name, v in of.items()} for of in (clean, other, pulled)
+            )
+            yield at, slice(0, len(self)), self.contracted(one, two, three, linear)
 
     # --- baselines -------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from circuits.discovery.spans import Spans
 from circuits.discovery.splitting import check_neurons_read, parse_layers
 from circuits.discovery.splitting import latents as latents_of
 from circuits.discovery.splitting import neurons as neurons_of
+from circuits.discovery.stored import Cost, said
 from circuits.experiments.patched_runs import Options, changes_of
 from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
@@ -41,6 +42,9 @@ from circuits.units import Site, Unit, Units
 
 _SPAN = "spans of positions"
 """Under which name the span of each position lies among the tensors of a run."""
+
+_NUMBERS = 2**23
+"""How many numbers a tensor has at most as scores of a large graph are computed."""
 
 KeysValues = Literal["group", "head"]
 """Whether keys and values that a group of heads shares are one target for the group, or one for each head."""
@@ -127,6 +131,11 @@ class StreamGraph(EdgeGraph):
             return
         parts = sum(len(split.names) for split in self.stream.splits)
         fits = f"a limit of {n} or more"
+        if n > LIMIT:
+            cost = Cost.of(n, 1)
+            fits += (
+                f", about {said(cost.memory)} of memory and {said(cost.disk)} of disk an example"
+            )
         if self.spans is not None:
             fits = f"at most {max(1, limit * self._n_spans // n)} spans, or {fits}"
         if parts:
@@ -438,6 +447,25 @@ class StreamGraph(EdgeGraph):
         source, target = torch.from_numpy(self.ends).T
         return made[:, source, target]
 
+    def pieces(
+        self,
+        clean: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        slopes: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+        linear: bool = False,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        work = _Pieces(self, clean, other, slopes, linear)
+        together: dict[int, list[str]] = {}
+        for site, numbers in self._at_site.items():
+            together.setdefault(numbers[0], []).append(site)
+        for sites in together.values():
+            numbers = self._at_site[sites[0]]
+            size = len(numbers)
+            if self._receivers[numbers[0]].kind == "neuron":
+                size = work.size(numbers[0])
+            for start in range(0, len(numbers), size):
+                yield from work.of(sites, numbers[start : start + size])
+
     @cached_property
     def _whole(self) -> Int[np.ndarray, " source"]:
         """The numbers of the sources that are no parts."""
@@ -467,9 +495,13 @@ class StreamGraph(EdgeGraph):
     # --- baselines -------------------------------------------------------------------------------
 
     def weight_norms(self) -> Float[np.ndarray, " edge"]:
-        senders, n = [self.stream.senders[i] for i in self._sender], self._n_spans
-        ends = self.ends.tolist()
-        return path_norms(self.stream, [(senders[s], self._receivers[t // n]) for s, t in ends])
+        senders = [self.stream.senders[i] for i in self._sender]
+        found, n = np.empty(len(self)), self._n_spans
+        for number, norms in enumerate(path_norms(self.stream, senders, self._receivers)):
+            for target in range(number * n, number * n + n):
+                start, stop = self.bounds[target : target + 2]
+                found[start:stop] = norms[: stop - start]
+        return found
 
     def sizes(
         self, clean: Mapping[str, Tensor], counted: Bool[Tensor, "example position"] | None
@@ -568,6 +600,84 @@ class StreamGraph(EdgeGraph):
                 made = stream.measured(norm).tangent(before).pushed(made, linear)
             parts.append(made)
         return torch.cat(parts, 1)
+
+
+class _Pieces:
+    """The scores of a large graph, some receivers at a time; see `EdgeGraph.pieces`."""
+
+    def __init__(
+        self,
+        graph: StreamGraph,
+        clean: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        slopes: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+        linear: bool,
+    ) -> None:
+        self.graph, self.slopes, self.linear = graph, slopes, linear
+        self.moved, self.inside = graph._moved(clean, other), graph._inside(clean)
+        self.change = graph._written(clean, other, self.moved, linear)
+        self.after = {s.site: graph._after(s, clean) for s in graph.stream.splits}
+        self.tangents: dict[tuple[int, str, int], Tangent | None] = {}
+
+    def size(self, number: int) -> int:
+        """How many receivers like one are taken at a time."""
+        n, _, length, width = self.change.shape
+        start, stop = self.graph.bounds[number * self.graph._n_spans :][:2]
+        each = n * self.graph._n_spans * max(length * width, stop - start)
+        return max(1, _NUMBERS // each)
+
+    def of(
+        self, sites: Sequence[str], numbers: Sequence[int]
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The scores of all edges into some receivers, which are at these sites."""
+        graph, targets = self.graph, self.graph._targets(numbers)
+        start, stop = graph.bounds[targets[0] : targets[0] + 2]
+        block = self.change.new_zeros(len(self.change), stop - start, len(targets))
+        for site in sites:
+            self._add(block, self._gradient(site, numbers))
+        everyone = slice(0, len(block))
+        first = 0
+        # Targets that follow one another have edges that do.
+        for place in range(1, len(targets) + 1):
+            if place == len(targets) or targets[place] != targets[place - 1] + 1:
+                edges = slice(graph.bounds[targets[first]], graph.bounds[targets[place - 1] + 1])
+                yield everyone, edges, block[..., first:place].transpose(1, 2).flatten(1)
+                first = place
+
+    def _gradient(
+        self, site: str, numbers: Sequence[int]
+    ) -> Float[Tensor, "example target position d_model"]:
+        """The mean gradient at what some receivers read."""
+        graph, receivers = self.graph, self.graph._at(site, numbers)
+        before, norm = graph.stream.stream_site(receivers[0]), norm_of(graph.stream, receivers[0])
+        total: Tensor | None = None
+        for i, (cache, gradients) in enumerate(self.slopes):
+            key = i, before, id(norm)
+            if key not in self.tangents:
+                self.tangents[key] = tangent_of(graph.stream, receivers[0], cache[before])
+            own = input_gradient(
+                graph.stream, receivers, self.tangents[key], gradients[site], self.linear
+            )
+            total = own if total is None else total + own
+        assert total is not None, "there is a run"
+        mean = total / len(self.slopes)
+        if self.inside is None:
+            return mean
+        inside = self.inside.to(mean).movedim(2, 1)[:, None, ..., None]
+        return (mean[:, :, None] * inside).flatten(1, 2)
+
+    def _add(self, block: Float[Tensor, "example source target"], gradient: Tensor) -> None:
+        """Add to scores what sources carry to targets times the gradient there."""
+        graph, reach = self.graph, block.shape[1]
+        whole = graph._whole[: int(np.searchsorted(graph._whole, reach))]
+        block[:, whole] += self.change[:, : len(whole)].flatten(2) @ gradient.flatten(2).transpose(
+            1, 2
+        )
+        for name, some in graph._part_sources.items():
+            if some.start < reach:
+                block[:, some] += _products(
+                    self.moved[name], gradient, self.after[name], self.linear
+                )
 
 
 def split_stream(stream: Stream, neurons: str, latents: Sequence[Units]) -> Stream:
