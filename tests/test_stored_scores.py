@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from circuits.cli.main import run
 from circuits.discovery import (
     EdgeGraph,
     contrast,
@@ -286,3 +290,39 @@ def test_stability_and_top_from_files(tmp_path: Path) -> None:
 
 def test_graphs_module_has_one_limit() -> None:
     assert results.LIMIT == searching.LIMIT == graphs.LIMIT
+
+
+@pytest.mark.nightly
+def test_ten_million_edges_take_less_than_two_gigabytes(tmp_path: Path) -> None:
+    script = [sys.executable, "-m", "tests.large_graph", "1344", str(tmp_path)]
+    made = subprocess.run(script, capture_output=True, text=True, check=True)
+    said = json.loads(made.stdout.splitlines()[-1])
+    sys.stdout.write(f"{said['stages']}\n")  # seconds and bytes at the beginning of each stage
+    assert said["edges"] > 10**7
+    assert said["peak"] < 2e9
+    assert said["defined"]
+    assert 0 < said["kept"] <= 1000
+    assert said["completeness"] < 0.05
+    files = [*(tmp_path / "scores").iterdir(), *(tmp_path / "swapped").glob("*")]
+    assert sum(file.stat().st_size for file in files) > 4 * 8 * said["edges"]
+
+
+def test_the_command_says_what_a_large_graph_takes_and_keeps_its_scores_with_the_work(
+    large: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("circuits.cli.discovering.LIMIT", 10)
+    words = (
+        "discover addition-by-hand --neurons all --neuron-targets all --method eap --check 0 --size 40 --random 1 "
+        "--random-rankings 0 --limit 8 --json"
+    )
+    saved = ["--most-edges", "1000", "--save", "found", "--workspace", str(tmp_path)]
+    assert run([*words.split(), *saved]) == 0
+    told = capsys.readouterr()
+    assert "241 edges: their scores on 4 examples take" in told.err
+    made = json.loads(told.out)
+    assert any(target.startswith("mlp:0:") for _, target in made["circuit"]["edges"])
+    assert [p.name for p in tmp_path.rglob("scores/batch-*.h5")] == ["batch-0.h5"]
+    assert run([*words.split(), "--most-edges", "30"]) == 2
+    told = capsys.readouterr()
+    assert "241 edges between heads and MLPs" in told.err
+    assert "more than 30; expected" in told.err

@@ -522,9 +522,10 @@ def evaluate(
     randoms = Masks(n, (random_circuit(graph, kept, rng) for _ in range(n_random)))
     sizes, rankings = ladder(n) if scores is not None else (), Masks(n)
     if scores is not None:
-        own = scores.order(ranking)
-        for order in (own, *(rng.permutation(len(graph)) for _ in range(n_curves))):
-            rankings += _firsts(graph, order, sizes)
+        # One order at a time: of a large graph each is large.
+        rankings += _firsts(graph, scores.order(ranking), sizes)
+        for _ in range(n_curves):
+            rankings += _firsts(graph, rng.permutation(n), sizes)
     circuits = fixed + Masks(n, more.values()) + randoms + rankings
     values = values_of(runs, circuits, progress, keep)
     first, last = len(fixed) + len(more), len(values) - len(rankings)

@@ -345,7 +345,7 @@ class Runs:
         begin, reached = self._begin(pair, changed)
         # Rows of a set are alike but between a change of its own and `joined`.
         rows, joined = self.graph.rows(changed), self.graph.joined(changed, len(off))
-        off = off.repeat_interleave(rows, 0)
+        off = off if rows == 1 else off.repeat_interleave(rows, 0)
         n = len(off)
         known: dict[str, Tensor] = {}
         if alone:
