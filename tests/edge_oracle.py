@@ -110,7 +110,7 @@ class TransformerEdges:
 
         def read(target: str, norm: str) -> Tensor:
             parts = [*see(target, made).values(), *biases.values()]
-            return plain.normed(torch.stack(parts).sum(0), norm)
+            return plain.normed(torch.stack(torch.broadcast_tensors(*parts)).sum(0), norm)
 
         def written(new: Values) -> dict[str, Tensor]:
             return {name: (replaced or {}).get(name, value) for name, value in new.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ class Plain:
     """The model's own forward pass with hooks of torch alone."""
 
     def __init__(self, subject: Subject, task: Task) -> None:
-        self.bridge, self.task = subject.model.module, task
+        self.bridge: Any = subject.model.module
+        self.task = task
         self.rows = []
         for part in task.batches(1):
             assert part.counterparts is not None, "the task has counterparts"
@@ -186,13 +188,13 @@ def test_roles_of_heads(subject: Subject):
 
 def test_attention_from_place_to_place(subject: Subject):
     [own, above] = run_test(subject, "attends", head="0.3", query="5", key="4").quantities
-    plain = []
-    for _, clean, _ in Plain(subject, subject.test).rows:
+    plain, found = Plain(subject, subject.test), []
+    for _, clean, _ in plain.rows:
         with torch.no_grad():
-            _, cache = subject.model.module.run_with_cache(clean)
-        plain.append(cache["blocks.0.attn.hook_pattern"][0, 3, 5, 4].item())
-    assert own.value == pytest.approx(np.mean(plain), abs=1e-5)
-    assert above.value == pytest.approx(np.mean(plain) - 1 / 6, abs=1e-5)
+            _, cache = plain.bridge.run_with_cache(clean)
+        found.append(cache["blocks.0.attn.hook_pattern"][0, 3, 5, 4].item())
+    assert own.value == pytest.approx(np.mean(found), abs=1e-5)
+    assert above.value == pytest.approx(np.mean(found) - 1 / 6, abs=1e-5)
     with pytest.raises(
         ValueError,
         match=r"place 'name': example .* has no such place; expected last, a position from",
@@ -211,7 +213,7 @@ def test_the_effect_of_an_edit(subject: Subject):
         return made
 
     before = plain.losses(None)
-    plain._run = lambda base, source, keep: subject.model.module.run_with_hooks(  # type: ignore[method-assign]
+    plain._run = lambda base, source, keep: plain.bridge.run_with_hooks(  # type: ignore[method-assign]
         base, fwd_hooks=[("blocks.0.attn.hook_z", zeroed)]
     )
     change = plain.losses(None).mean() - before.mean()

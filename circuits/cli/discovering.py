@@ -15,6 +15,7 @@ from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.grains import Grain
+from circuits.cli.output import note as say_before
 from circuits.cli.signatures import Within, argument, command, not_empty, option
 from circuits.discovery.comparing import compare_circuits
 from circuits.discovery.contrasts import contrast
@@ -23,7 +24,7 @@ from circuits.discovery.finding import CheckOn, usual_size
 from circuits.discovery.finding import discover as found_circuit
 from circuits.discovery.formats import SUFFIXES, check_writable, read_edges, write_edges
 from circuits.discovery.found import check_not_found_on, edges_of, graph_of, parts_in, parts_of
-from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.graphs import LIMIT, Edge, EdgeGraph
 from circuits.discovery.pairs import LARGEST
 from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation
@@ -32,9 +33,10 @@ from circuits.discovery.searching import Mask, Search, check_size
 from circuits.discovery.searching import top as strongest_edges
 from circuits.discovery.series import compare_models
 from circuits.discovery.shuffled import BesideShuffled
+from circuits.discovery.stored import Cost
 from circuits.experiments import N_RANDOM
 from circuits.experiments.patched_runs import Direction
-from circuits.files import Keep, keeping, make_now
+from circuits.files import keeping, make_now
 from circuits.graph.circuit import CircuitGraph
 from circuits.graph.saved import load_circuit, save_circuit
 from circuits.models.adapter.hooked_model import HookedModel
@@ -153,7 +155,9 @@ def discover(
         "pruning_steps": pruning_steps, "n_random": random, "n_curves": rankings, "pairs": pairs,
         "alternatives": alternatives,
     }  # fmt: skip
-    keep = make_now
+    keep, folder = make_now, None
+    if len(graph) > LIMIT:
+        say_before(str(Cost.of(len(graph), len(asked.find))))
     if save:
         compared = {name: edges_of(c) for name, c in further.items()}
         own = {
@@ -162,7 +166,8 @@ def discover(
             "other": compared,
             "truth": _all_edges(known),
         }
-        keep = _keep(place, loaded, asked, own | settings)
+        folder = _work(place, loaded, asked, own | settings)
+        keep = keeping(folder)
     with output.stages() as stage:
         found = found_circuit(
             graph,
@@ -171,6 +176,7 @@ def discover(
             seed=seed,
             stage=stage,
             keep=keep,
+            folder=folder,
             other=masks,
             truth=right,
             **settings,
@@ -196,13 +202,13 @@ def discover(
     output.show(both, both.compared())
 
 
-def _keep(place: Workspace, model: HookedModel, task: Task, settings: Mapping[str, Any]) -> Keep:
-    """Keeps the numbers of each batch in the workspace, for this very work."""
+def _work(place: Workspace, model: HookedModel, task: Task, settings: Mapping[str, Any]) -> Path:
+    """The folder of the workspace that keeps the numbers of each batch, for this very work."""
     said = json.dumps([model.hash, task.hash, task.seed, dict(settings)], sort_keys=True)
     digest = hashlib.sha256(said.encode()).hexdigest()[:16]
-    folder = place.model_folder(model.hash) / "discovery" / digest
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return keeping(folder)
+    folder = Path(place.model_folder(model.hash) / "discovery" / digest)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @command(app)

@@ -34,6 +34,9 @@ class Grain:
     neurons: Annotated[str, option(
         "Of a transformer: the layers whose MLPs are split into neurons, such as 3,5-7, or all."
     )] = ""  # fmt: skip
+    neuron_targets: Annotated[str, option(
+        "Of a transformer: the layers whose MLPs are targets neuron by neuron, such as 3,5-7, or all."
+    )] = ""  # fmt: skip
     latents: Annotated[str, option(
         "Of a transformer with autoencoders (MODEL+sae/NAME): split what they code into latents and the error: active "
         "(the latents that are active on the task), all, or some, such as sae/NAME:1,2,5-9."
@@ -47,7 +50,9 @@ class Grain:
         "source one pixel higher).", "--offsets"
     )] = False  # fmt: skip
     most_edges: Annotated[int, option(
-        "The most edges that the graph may have. Each takes 8 bytes an example, and of channels 32 in a batch.",
+        "The most edges that the graph may have. Each takes 8 bytes an example, and of channels 32 in a batch; where "
+        "there are more than by default, gradient scores are written to files (in the workspace with --save, else "
+        "temporary): 4 bytes of disk an example, and about 100 of memory.",
         check=Within(1, 10**8),
     )] = LIMIT  # fmt: skip
 
@@ -66,7 +71,7 @@ class Grain:
         """
         latents = chosen_latents(model, self.latents, task, edges) if self.latents else ()
         return edge_graph(
-            model, parse_sites(self.sites), self.kv, spans=self.spans, neurons=self.neurons, latents=latents,
-            groups=parse_groups(self.groups) if self.groups else {},
-            offsets=self.offsets, limit=self.most_edges,
+            model, parse_sites(self.sites), self.kv, spans=self.spans, neurons=self.neurons,
+            neuron_targets=self.neuron_targets, latents=latents,
+            groups=parse_groups(self.groups) if self.groups else {}, offsets=self.offsets, limit=self.most_edges,
         )  # fmt: skip

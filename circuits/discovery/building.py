@@ -44,6 +44,7 @@ def edge_graph(
     *,
     spans: str | Sequence[str] = (),
     neurons: str = "",
+    neuron_targets: str = "",
     latents: Sequence[str | Units] = (),
     groups: Mapping[str, str | Units] = MappingProxyType({}),
     offsets: bool = False,
@@ -60,6 +61,7 @@ def edge_graph(
         spans: of a transformer: spans of positions, at each of which what a target reads is patched by itself: ranges
             from 0 (`0,1-4,5-`; negative: from the end), names that the task gives to parts of its texts, and `rest`.
         neurons: of a transformer: the layers whose MLPs are split into neurons as sources, such as `3,5-7` or `all`.
+        neuron_targets: the same as targets: an edge leads to what one neuron is given.
         latents: of a transformer with autoencoders (`HookedModel.attach`): those whose latents are sources, as
             `sae/NAME`, `sae/NAME:1,2,5-9` or `Units` (`active_latents` has those that a task needs), with what is left
             of their site as one more source.
@@ -78,11 +80,12 @@ def edge_graph(
     if offsets and (groups or not isinstance(model.input, ImageInput) or model.has_stream):
         what = "groups of channels" if groups else f"{model.name}, a transformer"
         raise ValueError(f"offsets of kernels do not go with {what}: they are of single channels")
-    graph = _built(model, sites, kv, words, neurons, latents, offsets, limit)
+    graph = _built(model, sites, kv, words, neurons, neuron_targets, latents, offsets, limit)
     if groups:
         graph = _grouped(graph, groups)
     given: dict[str, Any] = {
-        "sites": [*sites], "kv": kv, "spans": words, "neurons": neurons, "latents": [*map(str, latents)],
+        "sites": [*sites], "kv": kv, "spans": words, "neurons": neurons,
+        "neuron_targets": neuron_targets, "latents": [*map(str, latents)],
         "groups": {name: str(units) for name, units in groups.items()}, "offsets": offsets,
         "limit": limit,
     }  # fmt: skip
@@ -113,6 +116,7 @@ def _built(
     kv: KeysValues,
     spans: str,
     neurons: str,
+    neuron_targets: str,
     latents: Sequence[str | Units],
     offsets: bool,
     limit: int,
@@ -122,8 +126,9 @@ def _built(
         raise ValueError(f"spans {named}: {model.name} takes images; spans are of texts")
     units = [Units.parse(x) if ":" in x else Units(x, None) for x in map(str, latents)]
     if isinstance(model.input, ImageInput) and not model.has_stream:
-        if neurons or units:
-            what = f"neurons {neurons}" if neurons else f"latents {units[0]}"
+        if neurons or neuron_targets or units:
+            what = f"neurons {neurons or neuron_targets}"
+            what = what if neurons or neuron_targets else f"latents {units[0]}"
             raise ValueError(
                 f"{what}: the edges of {model.name}, a convolutional network, are between channels of sites, or groups "
                 "of channels; expected sites and groups, or what is done to units of sae/NAME (`circuits ablate`)"
@@ -136,7 +141,15 @@ def _built(
             f"sites {','.join(sites)}: the edges of a transformer are between its heads and MLPs; sites are of "
             "convolutional networks"
         )
-    return StreamGraph(model, kv, spans=named, neurons=neurons, latents=units, limit=limit)
+    return StreamGraph(
+        model,
+        kv,
+        spans=named,
+        neurons=neurons,
+        neuron_targets=neuron_targets,
+        latents=units,
+        limit=limit,
+    )
 
 
 def chosen_latents(

@@ -142,6 +142,8 @@ def contrast(
             f"{names[1]} has {len(second.edges)} edges that are not those of {names[0]} ({len(first.edges)}): expected "
             "two models with the same parts"
         )
+    for scores in (first, second):
+        _ = scores.in_memory  # refused before names of all edges are made
     if first.method != second.method:
         raise ValueError(
             f"scores by {second.method} are not compared with scores by {first.method}: expected one method"
@@ -180,7 +182,7 @@ def _side(scores: EdgeScores, name: str) -> _Side:
         ValueError: if the effect cannot be told from 0.
     """
     change = scores.corrupted - scores.clean
-    sums, counts = totals(np.concatenate([scores.values.T, change[None]]), None, scores.clusters)
+    sums, counts = totals(np.concatenate([scores.in_memory.T, change[None]]), None, scores.clusters)
     n = len(counts)
     if n < 2:
         raise ValueError(

@@ -24,7 +24,7 @@ from circuits.discovery.nulls import random_circuit
 from circuits.discovery.optimal import learn_constants
 from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
-from circuits.discovery.searching import values_of
+from circuits.discovery.searching import Masks, values_of
 from circuits.examples import BATCH
 from circuits.experiments import N_RANDOM
 from circuits.experiments.outcomes import Record
@@ -397,9 +397,9 @@ def _likeness(graph: EdgeGraph, kept: Mask, randoms: Sequence[Mask]) -> tuple[in
     return same, float(np.mean([shared(one, kept) for one in randoms])), float(np.mean(paths))
 
 
-def _firsts(graph: EdgeGraph, order: np.ndarray, sizes: Sequence[int]) -> list[Mask]:
+def _firsts(graph: EdgeGraph, order: np.ndarray, sizes: Sequence[int]) -> Masks:
     """The circuits of the first edges of a ranking, without those that lie on no path."""
-    found = []
+    found = Masks(len(graph))
     for size in sizes:
         kept = np.zeros(len(graph), bool)
         kept[order[:size]] = True
@@ -413,7 +413,11 @@ def _curves(
     """Curves of as many rankings as there are circuits for all sizes."""
     n = len(sizes)
     return [
-        Curve(tuple(sizes), tuple(int(c.sum()) for c in circuits[at : at + n]), values[at : at + n])
+        Curve(
+            tuple(sizes),
+            tuple(int(circuits[i].sum()) for i in range(at, at + n)),
+            values[at : at + n],
+        )
         for at in range(0, len(circuits) if n else 0, max(n, 1))
     ]
 
@@ -515,14 +519,17 @@ def evaluate(
     if not _has_effect(runs, seed):  # without an effect there is nothing to compare
         scores, n_random = None, 0
     rng, more = np.random.default_rng(seed), dict(others or {})
-    fixed = [np.zeros(len(graph), bool), np.ones(len(graph), bool), kept, ~kept]
-    randoms = [random_circuit(graph, kept, rng) for _ in range(n_random)]
-    sizes, rankings = ladder(len(graph)) if scores is not None else (), list[Mask]()
+    n = len(graph)
+    fixed = Masks(n, [np.zeros(n, bool), np.ones(n, bool), kept, ~kept])
+    randoms = Masks(n, (random_circuit(graph, kept, rng) for _ in range(n_random)))
+    sizes, rankings = ladder(n) if scores is not None else (), Masks(n)
     if scores is not None:
-        own = scores.order(ranking)
-        for order in (own, *(rng.permutation(len(graph)) for _ in range(n_curves))):
-            rankings += _firsts(graph, order, sizes)
-    values = values_of(runs, [*fixed, *more.values(), *randoms, *rankings], progress, keep)
+        # One order at a time: of a large graph each is large.
+        rankings += _firsts(graph, scores.order(ranking), sizes)
+        for _ in range(n_curves):
+            rankings += _firsts(graph, rng.permutation(n), sizes)
+    circuits = fixed + Masks(n, more.values()) + randoms + rankings
+    values = values_of(runs, circuits, progress, keep)
     first, last = len(fixed) + len(more), len(values) - len(rankings)
     curves = _curves(sizes, rankings, values[last:])
     smallest = None
@@ -531,7 +538,7 @@ def evaluate(
     on_find = float("nan") if find is None else _on_find(Runs(graph, find, **settings), kept)
     metric, several = runs.metric, values[len(fixed) : first]
     return Evaluation(
-        tuple(graph.edges[i] for i in np.flatnonzero(kept)), len(graph), metric.name, metric.unit, metric.better,
+        tuple(graph.edges[i] for i in np.flatnonzero(kept).tolist()), n, metric.name, metric.unit, metric.better,
         values[0], values[1], values[2], values[3], values[first:last],
         _likeness(graph, kept, randoms), dict(zip(more, several, strict=True)),
         {name: int(c.sum()) for name, c in more.items()}, curves[0] if curves else None, tuple(curves[1:]), on_find,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,7 +15,7 @@ from circuits.discovery.agreement import Checked, check_scores
 from circuits.discovery.alternatives import Alternatives, find_alternatives
 from circuits.discovery.evaluating import Evaluation, Mask, evaluate
 from circuits.discovery.found import Discovery, circuit_graph
-from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.graphs import LIMIT, EdgeGraph
 from circuits.discovery.pairs import EdgePairs, pair_edges, strongest
 from circuits.discovery.pruning import PART, prune
 from circuits.discovery.results import SIZES, EdgeScores, Ranking
@@ -73,6 +74,7 @@ def discover(
     seed: int = 0,
     stage: Stage = lambda name: None,
     keep: Keep = make_now,
+    folder: Path | None = None,
 ) -> Discovery:
     """Find the circuit of a task: score edges and search on its `find` half, evaluate on its `test` half.
 
@@ -106,6 +108,7 @@ def discover(
         seed: of everything random.
         stage: gives the progress of each stage.
         keep: keeps the numbers of each batch and each step of a search, so that work which is stopped goes on.
+        folder: where the scores of a large graph lie, see `score_edges`; it must belong to this very work.
 
     Raises:
         ValueError: if a setting is out of range, the task has too few examples for two halves, or does not fit.
@@ -135,7 +138,7 @@ def discover(
         graph, task.find, task.test, method, search, size or usual_size(graph), threshold, ranking,
         {"direction": direction, "steps": steps, "rule": rule}, ablation,
         {"shift": shift, "batch": batch, "memory": memory}, {} if pruning_steps is None else {"steps": pruning_steps},
-        seed, stage, keep,
+        seed, stage, keep, folder,
     )  # fmt: skip
     scores = work.scores
     checked = work.checked(check, check_on)
@@ -181,6 +184,7 @@ class _Finding:
     seed: int
     stage: Stage
     keep: Keep
+    folder: Path | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -195,9 +199,14 @@ class _Finding:
     @cached_property
     def scores(self) -> EdgeScores:
         return score_edges(
-            self.graph, self.find, self.method, progress=self.stage("scores"), keep=self.keep, **self.scoring,
-            **self.settings,
+            self.graph, self.find, self.method, progress=self.stage("scores"), keep=self.keep,
+            folder=self._place("scores"), **self.scoring, **self.settings,
         )  # fmt: skip
+
+    def _place(self, name: str) -> Path | None:
+        """Where scores of a large graph lie; None of a small one, whose scores `keep` keeps."""
+        large = self.folder is not None and len(self.graph) > LIMIT
+        return self.folder / name if large and self.folder is not None else None
 
     @property
     def worth(self) -> Float[np.ndarray, " edge"]:
@@ -278,8 +287,8 @@ class _Finding:
         if self.method != "random" and self.find.compared:
             told, keep = self.stage("scores with answers swapped"), part_of(self.keep, "swapped")
             scores = score_edges(
-                self.graph, swapped(self.find, self.seed), self.method, progress=told, keep=keep, **self.scoring,
-                **self.settings,
+                self.graph, swapped(self.find, self.seed), self.method, progress=told, keep=keep,
+                folder=self._place("swapped"), **self.scoring, **self.settings,
             )  # fmt: skip
             found[SWAPPED] = pick(scores.importance(scores.mean, self.ranking))
         return found, tuple(notes)

@@ -99,13 +99,13 @@ def circuit_graph(
     made, find = CircuitGraph(), task.find
     model = graph.model
     edges = np.flatnonzero(kept).tolist()
-    used = {*graph.ends[edges, 0].tolist()}
+    used, mean = {*graph.ends[edges, 0].tolist()}, scores.mean
     for edge in edges:
         source, target = graph.ends[edge].tolist()
         more = {} if again is None else {"share": again.shares[graph.edges[edge]]}
         for node in graph.nodes_of(target, used):
             made.connect(
-                graph.node(graph.sources[source]), node, "effect", sum=-scores.sign * float(scores.mean[edge]),
+                graph.node(graph.sources[source]), node, "effect", sum=-scores.sign * float(mean[edge]),
                 layer=graph.way(target), edge=" -> ".join(graph.edges[edge]), **more,
             )  # fmt: skip
     made.graph |= {
@@ -116,7 +116,7 @@ def circuit_graph(
             "metric": scores.metric, "method": scores.method,
             "settings": dict(scores.settings), **how, "seed": scores.record.seed,
             "edges": [list(graph.edges[e]) for e in edges],
-            "scores": [float(scores.mean[e]) for e in edges],
+            "scores": [float(mean[e]) for e in edges],
         },
     }  # fmt: skip
     return made

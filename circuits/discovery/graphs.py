@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -32,7 +33,72 @@ Edge = tuple[str, str]
 """The names of a source and a target."""
 
 LIMIT = 2**18
-"""The most edges that a graph has unless a caller allows more: that is 2 MB of scores an example."""
+"""The most edges that a graph has unless a caller allows more: that is 2 MB of scores an example. Of larger graphs no
+list of names is made, and scores lie in files (`discovery.stored`)."""
+
+
+class EdgeNames(Sequence[Edge]):
+    """The names of the edges of a large graph: each is made when it is asked for.
+
+    Args:
+        sources: the names of all sources.
+        targets: the names of all targets.
+        ends: for each edge the numbers of its source and its target.
+    """
+
+    def __init__(
+        self, sources: Sequence[str], targets: Sequence[str], ends: Int[np.ndarray, "edge end"]
+    ) -> None:
+        self.sources, self.targets, self.ends = sources, targets, ends
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, place: int) -> Edge: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Edge, ...]: ...
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return tuple((self.sources[s], self.targets[t]) for s, t in self.ends[place].tolist())
+        source, target = self.ends[place].tolist()
+        return self.sources[source], self.targets[target]
+
+    def __iter__(self) -> Iterator[Edge]:
+        for start in range(0, len(self), _AT_ONCE):
+            yield from self[start : start + _AT_ONCE]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether another graph's edges are the same, by number."""
+        return (
+            isinstance(other, EdgeNames)
+            and (self.sources, self.targets) == (other.sources, other.targets)
+            and np.array_equal(self.ends, other.ends)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_AT_ONCE = 4096
+
+_PIECE = 2**24
+"""How many scores of a large graph are computed at once."""
+
+
+class _Ranges(Sequence["Int[np.ndarray, ' edge']"]):
+    """The numbers from each bound to the next, made when they are asked for."""
+
+    def __init__(self, bounds: Sequence[int]) -> None:
+        self.bounds = bounds
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        at = range(len(self))[place]
+        return np.arange(self.bounds[at], self.bounds[at + 1])
 
 
 @dataclass(frozen=True)
@@ -80,13 +146,17 @@ class EdgeGraph(ABC):
     # --- names -----------------------------------------------------------------------------------
 
     @cached_property
-    def edges(self) -> tuple[Edge, ...]:
-        """Every edge by its names."""
-        return tuple((self.sources[s], self.targets[t]) for s, t in self.ends.tolist())
+    def edges(self) -> Sequence[Edge]:
+        """Every edge by its names; of more than `LIMIT` edges no list is made."""
+        names = EdgeNames(self.sources, self.targets, self.ends)
+        return names if len(self) > LIMIT else tuple(names)
 
     @cached_property
-    def _places(self) -> dict[Edge, int]:
-        return {edge: i for i, edge in enumerate(self.edges)}
+    def _numbers(self) -> tuple[dict[str, int], dict[str, int]]:
+        """The numbers of sources and of targets, by their names."""
+        return tuple(
+            {name: i for i, name in enumerate(all_)} for all_ in (self.sources, self.targets)
+        )  # type: ignore[return-value]
 
     def index(self, edge: Edge | str) -> int:
         """The number of an edge, given by its names or written `source -> target`.
@@ -97,10 +167,28 @@ class EdgeGraph(ABC):
         if isinstance(edge, str):
             source, _, target = edge.partition("->")
             edge = source.strip(), target.strip()
-        if edge not in self._places:
-            written = [f"{a} -> {b}" for a, b in self.edges]
-            raise unknown(f"edge of {self.model.name}", f"{edge[0]} -> {edge[1]}", written)
-        return self._places[edge]
+        (source, target), (sources, targets) = edge, self._numbers
+        if source in sources and target in targets:
+            start, stop = self.bounds[targets[target]], self.bounds[targets[target] + 1]
+            found = np.flatnonzero(self.ends[start:stop, 0] == sources[source])
+            if len(found):
+                return start + int(found[0])
+        raise self._unknown(source, target)
+
+    def _unknown(self, source: str, target: str) -> KeyError:
+        """That there is no such edge, with the nearest names."""
+        what, name = f"edge of {self.model.name}", f"{source} -> {target}"
+        if len(self) <= LIMIT:
+            return unknown(what, name, [f"{a} -> {b}" for a, b in self.edges])
+        sources, targets = self._numbers
+        if source not in sources:
+            return unknown(f"source of {self.model.name}", source, self.sources)
+        if target not in targets:
+            return unknown(f"target of {self.model.name}", target, self.targets)
+        there = [
+            f"{self.sources[s]} -> {target}" for s in self.ends[self.edges_into[targets[target]], 0]
+        ]
+        return unknown(what, name, there)
 
     def mask(self, edges: Sequence[Edge | str]) -> Bool[np.ndarray, " edge"]:
         """Which edges are among some.
@@ -141,9 +229,17 @@ class EdgeGraph(ABC):
     @cached_property
     def classes(self) -> Int[np.ndarray, " edge"]:
         """A number for each edge, shared by those between sources of one kind and targets of one kind."""
-        kinds = [(self.kind(a), self.kind(b)) for a, b in self.edges]
-        known = {pair: i for i, pair in enumerate(dict.fromkeys(kinds))}
-        return np.array([known[pair] for pair in kinds])
+        (sources, _), (targets, n) = (
+            _numbered(map(self.kind, self.sources)),
+            _numbered(map(self.kind, self.targets)),
+        )
+        pairs = sources[self.ends[:, 0]] * n + targets[self.ends[:, 1]]
+        # Numbered by their first edge.
+        first = np.full(int(pairs.max(initial=0)) + 1, len(pairs))
+        np.minimum.at(first, pairs, np.arange(len(pairs)))
+        number = np.empty(len(first), np.int32)
+        number[np.argsort(first, kind="stable")] = np.arange(len(first))
+        return number[pairs]
 
     # --- structure -------------------------------------------------------------------------------
 
@@ -154,9 +250,14 @@ class EdgeGraph(ABC):
         return frozenset(range(len(self.sources))) - computed
 
     @cached_property
-    def edges_into(self) -> tuple[Int[np.ndarray, " edge"], ...]:
+    def bounds(self) -> Sequence[int]:
+        """The number of the first edge into each target, and the number of all edges."""
+        return np.searchsorted(self.ends[:, 1], np.arange(len(self.targets) + 1)).tolist()
+
+    @cached_property
+    def edges_into(self) -> Sequence[Int[np.ndarray, " edge"]]:
         """For each target the numbers of its edges."""
-        return tuple(np.flatnonzero(self.ends[:, 1] == t) for t in range(len(self.targets)))
+        return _Ranges(self.bounds)
 
     def connected(self, kept: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
         """The edges among some that lie on a path of them from the model's input to its output."""
@@ -170,10 +271,9 @@ class EdgeGraph(ABC):
         """The edges whose source is the input, or computed from a target that a kept edge from such a source feeds."""
         live = np.zeros(len(self.sources), bool)
         live[list(self.inputs)] = True
-        for target, into in enumerate(
-            self.edges_into
-        ):  # sources of a target come before what it feeds
-            if live[self.ends[into[kept[into]], 0]].any():
+        # The sources of a target come before what it feeds.
+        for target, (start, stop) in enumerate(pairwise(self.bounds)):
+            if live[self.ends[start:stop, 0][kept[start:stop]]].any():
                 live[list(self.feeds[target])] = True
         return live[self.ends[:, 0]]
 
@@ -184,8 +284,8 @@ class EdgeGraph(ABC):
         for target in reversed(range(len(self.targets))):
             ok[target] = not self.feeds[target] or useful[list(self.feeds[target])].any()
             if ok[target]:
-                into = self.edges_into[target]
-                useful[self.ends[into[kept[into]], 0]] = True
+                start, stop = self.bounds[target : target + 2]
+                useful[self.ends[start:stop, 0][kept[start:stop]]] = True
         return ok[self.ends[:, 1]]
 
     # --- what is computed ------------------------------------------------------------------------
@@ -309,6 +409,37 @@ class EdgeGraph(ABC):
             linear: see `pulled`; of normalisations that sources pass before they are added up.
         """
 
+    def pieces(
+        self,
+        clean: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        slopes: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+        linear: bool = False,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """`contracted` of the mean of `pulled` over some runs, for graphs of which it is too large for one tensor.
+
+        Args:
+            clean: the tensors of `reads` in the intact run.
+            other: those in the run that patched edges carry.
+            slopes: of each run in which the gradient was taken, what `pulled` is given.
+            linear: see `pulled`.
+
+        Yields:
+            Some examples, some edges, and the scores of these, example x edge; together all of them.
+        """
+        pulled = dict[str, Tensor]()
+        for cache, gradients in slopes:
+            for site, value in self.pulled(cache, gradients, linear).items():
+                pulled[site] = pulled[site].add_(value) if site in pulled else value
+        pulled = {site: value / len(slopes) for site, value in pulled.items()}
+        n, size = len(next(iter(pulled.values()))), max(1, _PIECE // len(self))
+        for start in range(0, n, size):
+            at = slice(start, min(start + size, n))
+            one, two, three = (
+                {name: v[at] for name, v in of.items()} for of in (clean, other, pulled)
+            )
+            yield at, slice(0, len(self)), self.contracted(one, two, three, linear)
+
     # --- baselines -------------------------------------------------------------------------------
 
     def weight_norms(self) -> Float[np.ndarray, " edge"]:
@@ -332,6 +463,13 @@ class EdgeGraph(ABC):
             ValueError: if it is not known how to compute it.
         """
         raise _no_baseline(self, "activations")
+
+
+def _numbered(names: Iterable[str]) -> tuple[Int[np.ndarray, " name"], int]:
+    """A number for each name, shared by equal ones, and how many there are."""
+    known: dict[str, int] = {}
+    numbers = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
+    return numbers, len(known)
 
 
 def _no_baseline(graph: EdgeGraph, method: str) -> ValueError:

@@ -7,7 +7,8 @@ target's first one does (W_Q, W_K, W_V, an MLP's input matrix, W_U).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -15,30 +16,55 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuits.models.paths.contributions import norm_of, read_matrices
-from circuits.models.paths.residual import Path, Receiver, Sender, Stream
+from circuits.models.paths.residual import NEURONS, Receiver, Sender, Stream
 
 
-def path_norms(stream: Stream, paths: Sequence[Path]) -> Float[np.ndarray, " path"]:
-    """The Frobenius norm of each path's matrix.
+def path_norms(
+    stream: Stream, senders: Sequence[Sender], receivers: Sequence[Receiver]
+) -> Iterator[Float[np.ndarray, " sender"]]:
+    """The Frobenius norm of the matrix of each sender's path, to each receiver in turn.
 
     Args:
         stream: a transformer's residual stream.
-        paths: some of its direct paths.
+        senders: what writes.
+        receivers: what reads.
 
     Raises:
         ValueError: if the matrices of an MLP, an embedding or the logits cannot be had.
     """
-    senders = list(dict.fromkeys(sender for sender, _ in paths))
-    parts = [_shortened(written_matrix(stream, sender)) for sender in senders]
+    parts = [_shortened(matrix) for matrix in _written(stream, senders)]
     rows = torch.cat(parts)
-    owner = torch.tensor([i for i, part in enumerate(parts) for _ in part], device=rows.device)
-    place = {sender: i for i, sender in enumerate(senders)}
-    squares = {}
-    for receiver in dict.fromkeys(receiver for _, receiver in paths):
-        made = (rows @ _shortened(read_matrix(stream, receiver).T).T).square().sum(1)
-        squares[receiver] = made.new_zeros(len(senders)).index_add_(0, owner, made)
-    found = [float(squares[receiver][place[sender]]) for sender, receiver in paths]
-    return np.sqrt(np.array(found))
+    sizes = torch.tensor([len(part) for part in parts], device=rows.device)
+    owner = torch.arange(len(parts), device=rows.device).repeat_interleave(sizes)
+
+    def norms(made: Tensor) -> np.ndarray:
+        squares = made.new_zeros(len(parts), made.shape[1]).index_add_(0, owner, made)
+        return np.sqrt(squares.T.cpu().numpy())
+
+    for (neurons, _), some in groupby(receivers, key=lambda r: (r.kind in NEURONS, r.layer)):
+        if neurons:  # each reads by one column, all of a layer by one matrix
+            own = list(some)
+            columns = [r.head for r in own]
+            yield from norms((rows @ read_matrix(stream, own[0], columns)).square())
+            continue
+        for receiver in some:
+            made = (rows @ _shortened(read_matrix(stream, receiver).T).T).square()
+            yield norms(made.sum(1, keepdim=True))[0]
+
+
+def _written(stream: Stream, senders: Sequence[Sender]) -> Iterator[Tensor]:
+    """`written_matrix` of each sender; the directions of parts are folded together."""
+    known: dict[str, tuple[dict[int, int], Tensor]] = {}
+    for sender in senders:
+        if sender.kind != "part":
+            yield written_matrix(stream, sender)
+            continue
+        if sender.name not in known:
+            split = next(s for s in stream.splits if s.name == sender.name)
+            places = {unit: i for i, unit in enumerate(split.units.tolist())}
+            known[sender.name] = places, _folded(stream, split.norm, split.directions.double())
+        places, directions = known[sender.name]
+        yield directions[places[sender.head], None]
 
 
 def _shortened(matrix: Float[Tensor, "row d_model"]) -> Float[Tensor, "at_most_d_model d_model"]:
@@ -49,14 +75,17 @@ def _shortened(matrix: Float[Tensor, "row d_model"]) -> Float[Tensor, "at_most_d
 
 
 def written_matrix(stream: Stream, sender: Sender) -> Float[Tensor, "inner d_model"]:
-    """What a sender's activations are multiplied with as they are added to the stream; float64.
+    """What the activations of a sender that is no part are multiplied with as they are added; float64.
 
     Raises:
         ValueError: if it cannot be had.
     """
     layer = sender.layer
-    if sender.name:
-        return _part_matrix(stream, sender)
+    if sender.kind == "rest":
+        raise ValueError(
+            f"method weights: {sender} of {stream.model.name} is what is left, not made with weights; expected the "
+            "method activations"
+        )
     if sender.kind == "head":
         matrix = stream.matrix("W_O", layer)[sender.head].double()
         return _folded(stream, stream.norm("ln1_post", layer), matrix)
@@ -68,18 +97,6 @@ def written_matrix(stream: Stream, sender: Sender) -> Float[Tensor, "inner d_mod
     if sender.kind == "position":
         return stream.parts.positions().detach().double()
     return _token_table(stream)
-
-
-def _part_matrix(stream: Stream, sender: Sender) -> Float[Tensor, "inner d_model"]:
-    """What the activation of a part is multiplied with."""
-    split = next(s for s in stream.splits if s.name == sender.name)
-    if sender.kind == "rest":
-        raise ValueError(
-            f"method weights: {sender} of {stream.model.name} is what is left, not made with weights; expected the "
-            "method activations"
-        )
-    at = split.units.tolist().index(sender.head)
-    return _folded(stream, split.norm, split.directions[at : at + 1].double())
 
 
 def _token_table(stream: Stream) -> Float[Tensor, "token d_model"]:
@@ -96,15 +113,24 @@ def _folded(stream: Stream, norm: nn.Module | None, matrix: Tensor) -> Tensor:
     return matrix if norm is None else stream.measured(norm).linear(matrix)
 
 
-def read_matrix(stream: Stream, receiver: Receiver) -> Float[Tensor, "d_model inner"]:
+def read_matrix(
+    stream: Stream, receiver: Receiver, neurons: Sequence[int] = ()
+) -> Float[Tensor, "d_model inner"]:
     """What the stream is multiplied with as a receiver reads it, the gain of its normalisation included; float64.
 
     Of a gated MLP it is the matrix of the product that does not pass the activation function.
 
+    Args:
+        stream: a transformer's residual stream.
+        receiver: what reads.
+        neurons: if it is a neuron, the numbers of those of its layer that are asked for: a column each.
+
     Raises:
         ValueError: if it cannot be had.
     """
-    if receiver.kind == "logits":
+    if receiver.kind == "neuron":
+        matrix = stream.parts.neuron_inputs(receiver.layer)[-1][:, list(neurons)]
+    elif receiver.kind == "logits":
         matrix = stream.parts.unembedding()[0]
     elif receiver.kind == "mlp":
         matrix = _neurons(stream, receiver.layer)[0]

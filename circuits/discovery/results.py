@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from circuits.discovery.graphs import Edge
+from circuits.discovery.graphs import LIMIT, Edge
+from circuits.discovery.stored import StoredScores
 from circuits.experiments.outcomes import Record
 from circuits.experiments.statistics import Interval, n_clusters, resampled
 from circuits.files import finite
@@ -24,6 +25,10 @@ SIZES = {
 }
 """Methods whose scores are sizes, by what they are the size of: they have no sign, and estimate no change of a metric.
 """
+
+
+_LISTED = 1000
+"""How many edges of a large graph are listed."""
 
 
 def importance(
@@ -43,9 +48,13 @@ def importance(
     raise ValueError(f"ranking {ranking!r}: expected absolute or signed")
 
 
-def ranked(worth: Float[np.ndarray, " edge"]) -> np.ndarray:
-    """The edges' numbers, the most important first; equals keep the order of the graph."""
-    return np.argsort(-worth, kind="stable")
+def ranked(worth: Float[np.ndarray, " edge"], n: int | None = None) -> np.ndarray:
+    """The edges' numbers, the most important first, or the first n of them; equals keep the order of the graph."""
+    if n is None or len(worth) <= LIMIT or n >= len(worth):
+        return np.argsort(-worth, kind="stable")[:n]
+    # Of a large graph only those are sorted that are asked for.
+    some = np.flatnonzero(worth >= np.partition(worth, len(worth) - n)[len(worth) - n])
+    return some[np.argsort(-worth[some], kind="stable")][:n]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +69,7 @@ class EdgeScores:
         method: how they were computed.
         settings: with which settings.
         edges: the names of each edge's source and target.
-        values: the scores, example x edge.
+        values: the scores, example x edge; of a large graph they lie in files.
         clean: the metric on each example, with no edge patched.
         corrupted: the metric with every edge patched.
         input_edges: the numbers of the edges that leave the model's input; what these carry adds up to the whole change
@@ -75,8 +84,8 @@ class EdgeScores:
 
     method: str
     settings: Mapping[str, Any]
-    edges: tuple[Edge, ...]
-    values: Float[np.ndarray, "example edge"]
+    edges: Sequence[Edge]
+    values: Float[np.ndarray, "example edge"] | StoredScores
     clean: Float[np.ndarray, " example"]
     corrupted: Float[np.ndarray, " example"]
     input_edges: tuple[int, ...]
@@ -90,11 +99,33 @@ class EdgeScores:
     @property
     def mean(self) -> Float[np.ndarray, " edge"]:
         """The mean score of each edge over examples."""
+        if isinstance(self.values, StoredScores):
+            return self.values.mean
         return self.values.mean(0, dtype=np.float64)
 
-    def order(self, ranking: Ranking = "absolute") -> np.ndarray:
-        """The edges' numbers, the most important first; equals keep the order of the graph."""
-        return ranked(self.worth(ranking))
+    def of(self, edges: np.ndarray) -> Float[np.ndarray, "example chosen"]:
+        """The scores of some edges by example."""
+        if isinstance(self.values, StoredScores):
+            return self.values.of(edges)
+        return self.values[:, edges]
+
+    @property
+    def in_memory(self) -> Float[np.ndarray, "example edge"]:
+        """The scores of all edges by example.
+
+        Raises:
+            ValueError: if they lie in files.
+        """
+        if isinstance(self.values, StoredScores):
+            raise ValueError(
+                f"scores of {len(self.edges)} edges lie in files, and what is asked for needs all of them at once: "
+                f"expected a graph of at most {LIMIT} edges"
+            )
+        return self.values
+
+    def order(self, ranking: Ranking = "absolute", n: int | None = None) -> np.ndarray:
+        """The edges' numbers, the most important first, or the first n; equals keep the order of the graph."""
+        return ranked(self.worth(ranking), n)
 
     def worth(self, ranking: Ranking = "absolute") -> Float[np.ndarray, " edge"]:
         """How important each edge is.
@@ -129,7 +160,7 @@ class EdgeScores:
 
     def intervals(self, edges: np.ndarray) -> list[Interval]:
         """The mean scores of some edges with 95 % intervals (over clusters of examples)."""
-        values = self.values[:, edges].T
+        values = self.of(edges).T
         drawn = resampled(values, clusters=self.clusters, seed=self.record.seed)
         return [
             Interval.of(mean, drawn[:, i], n_clusters(self.clusters))
@@ -137,8 +168,14 @@ class EdgeScores:
         ]
 
     def to_dict(self, top: int | None = None) -> dict[str, Any]:
-        """As JSON has it, the most important edges first; None for what is not finite."""
-        order = self.order()[:top]
+        """As JSON has it, the most important edges first; None for what is not finite.
+
+        Args:
+            top: how many edges; all if None, or 1,000 of a large graph.
+        """
+        if top is None and isinstance(self.values, StoredScores):
+            top = _LISTED
+        order = self.order(n=top)
         rows = [
             {"source": self.edges[e][0], "target": self.edges[e][1], "score": i.value, "low": i.low, "high": i.high}
             for e, i in zip(order.tolist(), self.intervals(order), strict=True)
@@ -166,7 +203,7 @@ class EdgeScores:
         """The edges with the largest scores, and what is said of all."""
         # Effects of single edges need not add up: what is left over is no error of theirs.
         exact = self.method in ("exact", "random", *SIZES)
-        order = self.order()[:top]
+        order = self.order(n=top)
         rows = [
             (" -> ".join(self.edges[e]), i.value, between(i.low, i.high))
             for e, i in zip(order.tolist(), self.intervals(order), strict=True)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.discovery.ablations import Ablation, AlignedMeans, resampled
-from circuits.discovery.graphs import Cut, EdgeGraph
+from circuits.discovery.graphs import LIMIT, Cut, EdgeGraph
 from circuits.examples import BATCH
 from circuits.experiments.narrowing import Narrowing, PositionwiseStreams, worth_narrowing
 from circuits.experiments.patched_runs import merged
@@ -38,6 +38,9 @@ _RUNS = ("counterpart", "resample")
 
 _VECTORS = 4096
 """How many vectors (examples times positions) a pass on a CPU has at most: more no longer fit into its caches."""
+
+_TABLES = 16
+"""How many bytes an edge of a large graph takes in a pass for each set of edges."""
 
 _NUMBERS = 2**19
 """How many numbers the largest map of a pass on a CPU has at most, for the same reason."""
@@ -342,7 +345,7 @@ class Runs:
         begin, reached = self._begin(pair, changed)
         # Rows of a set are alike but between a change of its own and `joined`.
         rows, joined = self.graph.rows(changed), self.graph.joined(changed, len(off))
-        off = off.repeat_interleave(rows, 0)
+        off = off if rows == 1 else off.repeat_interleave(rows, 0)
         n = len(off)
         known: dict[str, Tensor] = {}
         if alone:
@@ -480,6 +483,7 @@ class Runs:
             after = [v for name, v in pair.clean.items() if self._order[name] >= start]
             like = max(after, key=torch.Tensor.numel)
         each = rows * (like.nbytes * PEAK_MEMORY + 2 * pair.clean[self.end.name].nbytes)
+        each += _TABLES * len(self.graph) if len(self.graph) > LIMIT else 0
         fitting = max(1, self.memory // max(1, each))
         if like.device.type != "cpu":
             return fitting

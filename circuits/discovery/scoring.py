@@ -19,8 +19,11 @@ estimate of it. With d the change of what the source adds to the target's input,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -30,9 +33,18 @@ from torch import Tensor
 
 from circuits.attribution.propagation import Propagation
 from circuits.autograd import recording_gradients
-from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.graphs import LIMIT, EdgeGraph
 from circuits.discovery.results import SIZES, EdgeScores
 from circuits.discovery.runs import Ablation, Pair, Runs, output_of
+from circuits.discovery.stored import (
+    Cost,
+    Piece,
+    Rows,
+    StoredScores,
+    check_space,
+    kept_rows,
+    write_rows,
+)
 from circuits.discovery.streams import StreamGraph
 from circuits.examples import BATCH
 from circuits.experiments.outcomes import Record
@@ -92,6 +104,7 @@ def score_edges(
     seed: int = 0,
     progress: Progress | None = None,
     keep: Keep = make_now,
+    folder: Path | None = None,
 ) -> EdgeScores:
     """Score every edge of a graph by what it is worth to a task.
 
@@ -110,6 +123,9 @@ def score_edges(
         seed: of `random`, of the examples that the ablation `resample` draws, and of intervals.
         progress: called with the work done and the total, in examples.
         keep: keeps the numbers of each batch, so that a run which is stopped goes on.
+        folder: where scores by gradients over inputs lie, a file for each batch, so that they take no memory (see
+            `discovery.stored`); a run which is stopped goes on. It must belong to this very work. If it is None,
+            those of more than `LIMIT` edges lie in a temporary folder, and others in memory.
 
     Raises:
         ValueError: if the task has no counterparts and needs them, the metric's gradient at the intact run is zero by
@@ -131,20 +147,26 @@ def score_edges(
     settings |= {"direction": direction} if method == "exact" else {}
     if method in ("eap-ig", "eap-ig-activations"):
         settings |= {"steps": steps, "rule": rule}
-    scorer = _scorer(method, runs, direction, points(steps, rule))
     collected = _Collected(len(task))
-    for number, pair in enumerate(runs.pairs()):
+    alphas = _taken(method, points(steps, rule))
+    if alphas is not None and (folder is not None or len(graph) > LIMIT):
+        values = _stored(runs, alphas, method == "relp", folder, collected, progress)
+    else:
+        scorer = _scorer(method, runs, direction, points(steps, rule))
+        for number, pair in enumerate(runs.pairs()):
 
-        def made(pair: Pair = pair) -> dict[str, Any]:
-            return collected.numbers(runs, pair, scorer(pair))
+            def made(pair: Pair = pair) -> dict[str, Any]:
+                return collected.numbers(runs, pair, scorer(pair))
 
-        collected.add(pair.part.which, keep(f"batch {number}", made))
-        if progress is not None:
-            progress(collected.done, len(task))
-    values = collected.values
-    if method == "random":
-        values = np.random.default_rng(seed).standard_normal((len(task), len(graph)))
-    first = [i for i, (source, _) in enumerate(graph.ends.tolist()) if source in graph.inputs]
+            collected.add(pair.part.which, keep(f"batch {number}", made))
+            if progress is not None:
+                progress(collected.done, len(task))
+        values = collected.values
+        if method == "random":
+            values = np.random.default_rng(seed).standard_normal((len(task), len(graph)))
+    entering = np.zeros(len(graph.sources), bool)
+    entering[list(graph.inputs)] = True
+    first = np.flatnonzero(entering[graph.ends[:, 0]]).tolist()
     return EdgeScores(
         method, settings, graph.edges, values, collected.clean, collected.corrupted, tuple(first),
         task.metric.name, task.metric.unit, task.metric.better, task.clusters, Record.of(graph.model, task, seed),
@@ -165,14 +187,95 @@ def _check(method: str, direction: Direction, task: Task) -> None:
         )
 
 
-def _held_patterns(method: str, graph: EdgeGraph, values: np.ndarray) -> tuple[str, ...]:
+def _taken(method: str, alphas: Sequence[float]) -> Sequence[float] | None:
+    """Between which inputs gradients are taken by a method; None of one that takes none over inputs."""
+    taken = {"eap": [1.0], "relp": [1.0], "clean-corrupted": [0.0, 1.0], "eap-ig": alphas}
+    return taken.get(method)
+
+
+def _stored(
+    runs: Runs,
+    alphas: Sequence[float],
+    relevance: bool,
+    folder: Path | None,
+    collected: _Collected,
+    progress: Progress | None,
+) -> StoredScores:
+    """Scores by gradients over inputs, in files."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _in_folder(runs, alphas, relevance, folder, collected, progress)
+    own = Path(mkdtemp(prefix="circuits-scores-"))
+    try:
+        made = _in_folder(runs, alphas, relevance, own, collected, progress)
+    except BaseException:
+        shutil.rmtree(own, ignore_errors=True)
+        raise
+    made.remove_with(own)
+    return made
+
+
+def _in_folder(
+    runs: Runs,
+    alphas: Sequence[float],
+    relevance: bool,
+    folder: Path,
+    collected: _Collected,
+    progress: Progress | None,
+) -> StoredScores:
+    """The same, in a folder that is there; batches of which a file is there are not scored again."""
+    graph, n = runs.graph, len(runs.graph)
+    there = sum(path.stat().st_size for path in folder.glob("batch-*.h5"))
+    check_space(folder, Cost.of(n, len(runs.task)), there)
+    files, examples = list[Path](), list[tuple[int, ...]]()
+    for number, pair in enumerate(runs.pairs()):
+        path, which = folder / f"batch-{number}.h5", tuple(pair.part.which)
+        rows = kept_rows(path, which, n)
+        if rows is None:
+            clean = runs.value(pair.intact, pair.intact)[0]
+            rows = Rows(clean.tolist(), runs.corrupted(pair).tolist())
+            slopes = [_sloped(runs, pair, alpha, relevance) for alpha in alphas]
+            pieces = graph.pieces(pair.clean, pair.other, slopes, relevance)
+            write_rows(path, which, n, _finite(runs, which, pieces), rows)
+        collected.note(which, rows.clean, rows.corrupted)
+        files.append(path)
+        examples.append(which)
+        if progress is not None:
+            progress(collected.done, len(runs.task))
+    return StoredScores(tuple(files), tuple(examples), n)
+
+
+def _finite(runs: Runs, which: Sequence[int], pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Pieces of scores, all of which are numbers."""
+    for examples, edges, scores in pieces:
+        _check_finite(runs, which[examples], scores, edges.start)
+        yield examples, edges, scores
+
+
+def _check_finite(runs: Runs, which: Sequence[int], scores: Tensor, first: int = 0) -> None:
+    """Raise ValueError unless the scores of some examples and of edges from one on are numbers."""
+    if bool(torch.isfinite(scores).all()):
+        return
+    row, edge = (~torch.isfinite(scores)).nonzero()[0].tolist()
+    raise ValueError(
+        f"the score of edge {' -> '.join(runs.graph.edges[first + edge])} is not finite on example "
+        f"{runs.task.examples.names[which[row]]!r}"
+    )
+
+
+def _held_patterns(
+    method: str, graph: EdgeGraph, values: np.ndarray | StoredScores
+) -> tuple[str, ...]:
     """What is to be said of `relp`: edges into queries and keys act through attention patterns alone."""
-    ways = [graph.way(t) for t in range(len(graph.targets))]
-    held = [i for i, t in enumerate(graph.ends[:, 1].tolist()) if ways[t].startswith(("q", "k"))]
-    if method != "relp" or not held or values[:, held].any():
+    if method != "relp":
+        return ()
+    ways = [graph.way(t).startswith(("q", "k")) for t in range(len(graph.targets))]
+    held = np.array(ways)[graph.ends[:, 1]]
+    stored = isinstance(values, StoredScores)
+    if not held.any() or (values.any(held) if stored else values[:, held].any()):
         return ()
     return (
-        f"relp holds attention patterns constant: all {len(held)} edges into queries and keys score exactly 0, "
+        f"relp holds attention patterns constant: all {held.sum()} edges into queries and keys score exactly 0, "
         "whatever they are worth",
     )
 
@@ -200,12 +303,7 @@ class _Collected:
     @staticmethod
     def numbers(runs: Runs, pair: Pair, scores: Tensor) -> dict[str, Any]:
         """A batch's numbers, as JSON has them."""
-        if not bool(torch.isfinite(scores).all()):
-            bad = (~torch.isfinite(scores)).nonzero()[0].tolist()
-            raise ValueError(
-                f"the score of edge {' -> '.join(runs.graph.edges[bad[1]])} is not finite on example "
-                f"{runs.task.examples.names[pair.part.which[bad[0]]]!r}"
-            )
+        _check_finite(runs, pair.part.which, scores)
         clean = runs.value(pair.intact, pair.intact)[0]
         return {
             "scores": scores.tolist(), "clean": clean.tolist(), "corrupted": runs.corrupted(pair).tolist(),
@@ -215,9 +313,13 @@ class _Collected:
         scores = np.array(made["scores"])
         if not self.values.size:
             self.values = np.zeros((self.n, scores.shape[1]))
+        self.values[list(which)] = scores
+        self.note(which, made["clean"], made["corrupted"])
+
+    def note(self, which: Sequence[int], clean: list[float], corrupted: list[float]) -> None:
+        """Add the metric of some examples, with no edge patched and with every edge."""
         rows = list(which)
-        self.values[rows], self.clean[rows] = scores, made["clean"]
-        self.corrupted[rows] = made["corrupted"]
+        self.clean[rows], self.corrupted[rows] = clean, corrupted
         self.done += len(rows)
 
 
@@ -236,10 +338,9 @@ def _scorer(method: str, runs: Runs, direction: Direction, alphas: Sequence[floa
         return lambda pair: runs.graph.sizes(pair.clean, pair.part.mask)
     if method == "eap-ig-activations":
         return lambda pair: _by_activations(runs, pair, alphas)
-    if method == "relp":
-        return lambda pair: _by_inputs(runs, pair, [1.0], relevance=True)
-    taken = {"eap": [1.0], "clean-corrupted": [0.0, 1.0], "eap-ig": alphas}[method]
-    return lambda pair: _by_inputs(runs, pair, taken)
+    taken = _taken(method, alphas)
+    assert taken is not None, "a method over inputs"
+    return lambda pair: _by_inputs(runs, pair, taken, relevance=method == "relp")
 
 
 # --- exact patching ----------------------------------------------------------------------------------
@@ -278,12 +379,19 @@ def _by_inputs(
     """The mean gradient over inputs between the corrupted run (0) and the intact one (1), times what edges carry."""
     graph, total = runs.graph, dict[str, Tensor]()
     for alpha in alphas:
-        edits = {} if alpha == 1 else {s: _between(pair, s, alpha) for s in graph.input_sites}
-        cache, gradients = gradients_at(runs, pair, edits, relevance)
+        cache, gradients = _sloped(runs, pair, alpha, relevance)
         for site, value in graph.pulled(cache, gradients, linear=relevance).items():
             total[site] = total[site].add_(value) if site in total else value
     mean = {site: value / len(alphas) for site, value in total.items()}
     return graph.contracted(pair.clean, pair.other, mean, linear=relevance)
+
+
+def _sloped(
+    runs: Runs, pair: Pair, alpha: float, relevance: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`gradients_at` an input between that of the corrupted run (0) and that of the intact one (1)."""
+    sites = () if alpha == 1 else runs.graph.input_sites
+    return gradients_at(runs, pair, {s: _between(pair, s, alpha) for s in sites}, relevance)
 
 
 def _by_activations(

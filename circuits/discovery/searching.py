@@ -6,15 +6,16 @@ run.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from circuits.discovery.graphs import EdgeGraph, as_off
+from circuits.discovery.graphs import LIMIT, EdgeGraph, as_off
 from circuits.discovery.results import Ranking, importance, ranked
 from circuits.discovery.runs import Pair, Runs
 from circuits.experiments.patched_runs import Direction
@@ -34,11 +35,56 @@ _START = 3
 """How many times as many edges as it is to end with `refine` starts from."""
 
 
+class Masks(Sequence[Mask]):
+    """Circuits of one graph. Of a large graph they are kept as bits, and unpacked one at a time.
+
+    Args:
+        n_edges: the number of the graph's edges.
+        masks: circuits to begin with.
+    """
+
+    def __init__(self, n_edges: int, masks: Iterable[Mask] = ()) -> None:
+        self._n, self._packed = n_edges, n_edges > LIMIT
+        self._kept: list[np.ndarray] = []
+        for mask in masks:
+            self.append(mask)
+
+    def append(self, mask: Mask) -> None:
+        """Add a circuit."""
+        self._kept.append(np.packbits(mask) if self._packed else mask)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return self.some(range(*place.indices(len(self))))
+        found = self._kept[place]
+        return np.unpackbits(found, count=self._n).view(bool) if self._packed else found
+
+    def some(self, places: Iterable[int]) -> Masks:
+        """Some of the circuits."""
+        made = Masks(self._n)
+        made._kept = [self._kept[place] for place in places]
+        return made
+
+    def __add__(self, other: Masks) -> Masks:
+        made = Masks(self._n)
+        made._kept = [*self._kept, *other._kept]
+        return made
+
+    def key(self, place: int) -> bytes:
+        """What tells a circuit from those that are not the same."""
+        if self._packed:
+            return hashlib.sha256(self._kept[place].tobytes()).digest()
+        return np.packbits(self._kept[place]).tobytes()
+
+
 def top(graph: EdgeGraph, worth: Float[np.ndarray, " edge"], n: int) -> Mask:
     """The n most important edges, without those that lie on no path from the model's input to its output."""
     check_size(graph, n)
     kept = np.zeros(len(graph), bool)
-    kept[ranked(worth)[:n]] = True
+    kept[ranked(worth, n)] = True
     return graph.connected(kept)
 
 
@@ -99,8 +145,9 @@ def values_of(
     """
     # Many circuits may be the same one: without connected edges all are empty.
     numbers: dict[bytes, int] = {}
-    which = [numbers.setdefault(np.packbits(c).tobytes(), len(numbers)) for c in circuits]
-    different = [circuits[which.index(i)] for i in range(len(numbers))]
+    held = circuits if isinstance(circuits, Masks) else Masks(len(runs.graph), circuits)
+    which = [numbers.setdefault(held.key(i), len(numbers)) for i in range(len(held))]
+    different = held.some(which.index(i) for i in range(len(numbers)))
     found = np.zeros((len(different), len(runs.task)))
     done, total = 0, len(different) * len(runs.task)
     for number, pair in enumerate(runs.pairs()):

@@ -16,8 +16,9 @@ from torch import Tensor
 from circuits.models.adapter.attaching import PREFIX, autoencoders
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.sites import evaluating
+from circuits.models.paths.contributions import norm_of
 from circuits.models.paths.parts import Split
-from circuits.models.paths.residual import Receiver, Sender, Stream
+from circuits.models.paths.residual import NEURONS, Receiver, Sender, Stream
 from circuits.tasks.task import Task
 from circuits.units import Units, unknown
 
@@ -26,8 +27,13 @@ _LAYER = re.compile(r"[0-9]{1,6}")
 ALL = "all"
 
 
-def parse_layers(text: str, stream: Stream) -> tuple[int, ...]:
+def parse_layers(text: str, stream: Stream, option: str = "neurons") -> tuple[int, ...]:
     """The layers of a list such as `3,5-7`, or `all` for all that have an MLP.
+
+    Args:
+        text: the list.
+        stream: the model's residual stream.
+        option: what the list is given as.
 
     Raises:
         ValueError: if it is no such list, or there is no such layer.
@@ -41,11 +47,11 @@ def parse_layers(text: str, stream: Stream) -> tuple[int, ...]:
         ends = (first, last if dash else first)
         if not all(_LAYER.fullmatch(end) for end in ends):
             raise ValueError(
-                f"neurons {text!r}: expected numbers of layers such as 3,5-7, or {ALL}"
+                f"{option} {text!r}: expected numbers of layers such as 3,5-7, or {ALL}"
             )
         low, high = map(int, ends)
         if not low <= high < n:
-            raise ValueError(f"neurons {text!r}: {stream.model.name} has the layers 0 to {n - 1}")
+            raise ValueError(f"{option} {text!r}: {stream.model.name} has the layers 0 to {n - 1}")
         found |= dict.fromkeys(range(low, high + 1))
     return tuple(found)
 
@@ -72,6 +78,41 @@ def neurons(stream: Stream, layer: int) -> Split:
     )
     _check(stream, made, f"neurons {layer}")
     return made
+
+
+def check_neurons_read(stream: Stream, layer: int) -> None:
+    """Raise ValueError unless each neuron of a layer's MLP is given a product of what the MLP is given.
+
+    It is asked of the difference between two examples, since biases cancel in it.
+    """
+    model, wider = stream.model, stream.with_neurons((layer,))
+    first = {r.kind: r for r in reversed(wider.receivers) if r.kind in NEURONS and r.layer == layer}
+    known = {name for s in model.sites for name in (s.name, *s.aliases)}
+    sites = {
+        "neuron": f"blocks.{layer}.mlp.hook_pre",
+        "neuron_linear": f"blocks.{layer}.mlp.hook_pre_linear",
+    }
+    if not first or not {sites[kind] for kind in first} <= known:
+        raise ValueError(
+            f"neuron_targets {layer}: model {model.name} shows no site at which what the neurons of layer {layer} are "
+            "given can be changed; expected other layers"
+        )
+    before = stream.stream_site(first["neuron"])
+    cache = model.run(model.input.example(2), read=[before, *(sites[kind] for kind in first)])
+    for kind, receiver in first.items():
+        made, matrix = (
+            cache[sites[kind]],
+            stream.parts.neuron_inputs(layer)[NEURONS.index(receiver.kind)],
+        )
+        with model.lock, evaluating(model.module), torch.no_grad():
+            read = norm_of(stream, receiver)(cache[before])
+            wanted = (read[1] - read[0]) @ matrix
+        off, size = float((made[1] - made[0] - wanted).abs().max()), float(made.abs().max())
+        if not off <= min(1e3 * torch.finfo(made.dtype).eps, 0.1) * max(size, 1e-6):
+            raise ValueError(
+                f"neuron_targets {layer}: {sites[kind]} of {model.name} differs by {off:.2g} (of {size:.2g}) from a "
+                "product of what the MLP is given; expected other layers"
+            )
 
 
 def latents(stream: Stream, units: Units) -> Split:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from circuits.discovery.comparing import chance_jaccard, shared
 from circuits.discovery.graphs import Edge
 from circuits.discovery.results import EdgeScores
+from circuits.discovery.stored import StoredScores
 from circuits.files import finite
 
 DRAWS = 100
@@ -95,15 +96,22 @@ def stability(
         )
     member = np.zeros((n, len(clusters)))
     member[clusters, np.arange(len(clusters))] = 1
-    sums, counts = member @ scores.values, member.sum(1)
+    values, counts = scores.values, member.sum(1)
+    sums = None if isinstance(values, StoredScores) else member @ values
     rng = np.random.default_rng(seed)
 
     def found(times: Float[np.ndarray, " cluster"]) -> Bool[np.ndarray, " edge"]:
-        return choose((times @ sums) / (times @ counts))
+        total = values.summed(times @ member) if isinstance(values, StoredScores) else times @ sums
+        return choose(total / (times @ counts))
 
-    drawn = np.stack(
-        [found(rng.multinomial(n, np.full(n, 1 / n)).astype(float)) for _ in range(draws)]
-    )
+    # Of each draw the edges that were found; all others are in none of them.
+    which = [
+        np.flatnonzero(found(rng.multinomial(n, np.full(n, 1 / n)).astype(float)))
+        for _ in range(draws)
+    ]
+    own = np.flatnonzero(circuit)
+    used = np.unique(np.concatenate([own, *which]))
+    drawn = np.stack([np.isin(used, some, assume_unique=True) for some in which])
     halves = []
     for _ in range(max(1, draws // 10)):
         first = np.zeros(n)
@@ -115,9 +123,8 @@ def stability(
     pairs = np.triu_indices(draws, 1)
     mean = float((both[pairs] / np.maximum(either[pairs], 1)).mean())
     size = float(sizes.mean())
-    own = np.flatnonzero(circuit)
-    shares = drawn[:, own].mean(0).tolist()
+    shares = drawn[:, np.searchsorted(used, own)].mean(0).tolist()
     return SearchStability(
         {scores.edges[e]: s for e, s in zip(own.tolist(), shares, strict=True)}, mean,
-        float(np.mean(halves)), chance_jaccard(size, size, drawn.shape[1]), draws, n,
+        float(np.mean(halves)), chance_jaccard(size, size, len(circuit)), draws, n,
     )  # fmt: skip

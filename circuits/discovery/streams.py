@@ -17,9 +17,10 @@ from circuits.discovery.graphs import LIMIT, EdgeGraph, PlacedNode
 from circuits.discovery.grouped import SharedHeads
 from circuits.discovery.matrices import path_norms
 from circuits.discovery.spans import Spans
+from circuits.discovery.splitting import check_neurons_read, parse_layers
 from circuits.discovery.splitting import latents as latents_of
 from circuits.discovery.splitting import neurons as neurons_of
-from circuits.discovery.splitting import parse_layers
+from circuits.discovery.stored import Cost, said
 from circuits.experiments.patched_runs import Options, changes_of
 from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
@@ -33,7 +34,7 @@ from circuits.models.paths.contributions import (
     written_change,
 )
 from circuits.models.paths.parts import PartsChange, Split
-from circuits.models.paths.residual import STREAMS, Receiver, Sender, Stream
+from circuits.models.paths.residual import NEURONS, STREAMS, Receiver, Sender, Stream
 from circuits.models.paths.routes import stream_of
 from circuits.tasks.targets import output_site
 from circuits.tasks.task import Task, TaskBatch
@@ -41,6 +42,9 @@ from circuits.units import Site, Unit, Units
 
 _SPAN = "spans of positions"
 """Under which name the span of each position lies among the tensors of a run."""
+
+_NUMBERS = 2**23
+"""How many numbers a tensor has at most as scores of a large graph are computed."""
 
 KeysValues = Literal["group", "head"]
 """Whether keys and values that a group of heads shares are one target for the group, or one for each head."""
@@ -61,6 +65,9 @@ class StreamGraph(EdgeGraph):
             query's position, those of keys and values at the key's. None: at all positions together.
         neurons: the layers of MLPs whose neurons are sources, such as `3,5-7` or `all`. What an MLP is given feeds all
             of its neurons.
+        neuron_targets: the layers of MLPs whose neurons are targets: an edge into one changes what it is given before
+            its nonlinearity (in a gated MLP, and what that is multiplied with), and feeds the neuron alone if neurons
+            are sources, too, or the MLP.
         latents: latents of attached autoencoders (`sae/NAME`, all or some) that are sources, each with what is left of
             their site's tensor as one more, in the place of the MLP or of the heads of the layer.
         limit: the most edges.
@@ -79,6 +86,7 @@ class StreamGraph(EdgeGraph):
         *,
         spans: Spans | None = None,
         neurons: str = "",
+        neuron_targets: str = "",
         latents: Sequence[Units] = (),
         limit: int = LIMIT,
     ) -> None:
@@ -87,7 +95,10 @@ class StreamGraph(EdgeGraph):
         self.model, self.spans = model, spans
         whole = stream_of(model)
         self._shared = _sharing(whole) if kv == "head" else {}
-        self.stream: Stream = split_stream(whole, neurons, latents)
+        self._read_by_neuron = read_by_neurons(whole, neuron_targets) if neuron_targets else ()
+        self.stream: Stream = split_stream(whole, neurons, latents).with_neurons(
+            self._read_by_neuron
+        )
         self.grain = _grain(self.stream, spans, BY_HEAD if self._shared else "heads and MLPs")
         senders = [s for s in self.stream.senders if s.kind != "bias"]
         named = dict(self._named_receivers())
@@ -97,12 +108,17 @@ class StreamGraph(EdgeGraph):
         ends = [""] if spans is None else [f"@{name}" for name in spans.names]
         # The place of each source among the stream's senders, biases included.
         self._sender = np.flatnonzero([s.kind != "bias" for s in self.stream.senders])
-        reach = [self.stream.reaching(r).numpy()[self._sender] for r in self._receivers]
-        self._check([int(r.sum()) * self._n_spans for r in reach], limit)
+        # The sources that reach a target are the first ones.
+        reach = [int(self.stream.reaching(r).numpy()[self._sender].sum()) for r in self._receivers]
+        self._check([n * self._n_spans for n in reach], limit)
         self.sources = tuple(map(str, senders))
         self.targets = tuple(f"{name}{end}" for name in named for end in ends)
-        target, source = np.nonzero(np.repeat(np.stack(reach), self._n_spans, 0))
-        self.ends = np.stack([source, target], 1)
+        reach = np.repeat(reach, self._n_spans)
+        # Two columns of small integers: of 10^7 edges they are 80 MB.
+        self.ends = np.empty((int(reach.sum()), 2), np.int32)
+        self.ends[:, 1] = np.repeat(np.arange(len(reach), dtype=np.int32), reach)
+        for (start, stop), n in zip(pairwise(self.bounds), reach.tolist(), strict=True):
+            self.ends[start:stop, 0] = np.arange(n)
         self.feeds = tuple(self._fed(name, r) for name, r in named.items() for _ in ends)
         self.input_sites = tuple(
             self.stream.output_site(s) for s in senders if s.kind in ("token", "position")
@@ -115,6 +131,11 @@ class StreamGraph(EdgeGraph):
             return
         parts = sum(len(split.names) for split in self.stream.splits)
         fits = f"a limit of {n} or more"
+        if n > LIMIT:
+            cost = Cost.of(n, 1)
+            fits += (
+                f", about {said(cost.memory)} of memory and {said(cost.disk)} of disk an example"
+            )
         if self.spans is not None:
             fits = f"at most {max(1, limit * self._n_spans // n)} spans, or {fits}"
         if parts:
@@ -129,7 +150,8 @@ class StreamGraph(EdgeGraph):
         """The targets' names, each with what it reads the stream as: several have the keys of their group."""
         for receiver in self.stream.receivers:
             shared = self._shared.get(receiver.layer)
-            if receiver.kind in STREAMS:
+            by_neuron = receiver.kind == "mlp" and receiver.layer in self._read_by_neuron
+            if receiver.kind in (*STREAMS, "neuron_linear") or by_neuron:
                 continue
             if shared is None or receiver.kind not in ("q", *shared.letters):
                 yield str(receiver), receiver
@@ -149,11 +171,12 @@ class StreamGraph(EdgeGraph):
         """The sources that are computed from what a target reads."""
         if receiver.kind == "logits":
             return ()
-        writers = self.stream.writers(
-            receiver.layer, "mlp" if receiver.kind == "mlp" else "attention"
-        )
+        of_mlp = receiver.kind in ("mlp", "neuron")
+        writers = self.stream.writers(receiver.layer, "mlp" if of_mlp else "attention")
         own = range(writers.columns.start, writers.columns.stop)
-        if writers.split is None and receiver.kind != "mlp":
+        if receiver.kind == "neuron" and writers.split is not None and not writers.split.whole:
+            own = own[receiver.head : receiver.head + 1]
+        if writers.split is None and not of_mlp:
             letter = {"q": "Q", "k": "K", "v": "V"}[receiver.kind]
             group = self.stream.parts.group
             by_head, at = self._by_head(receiver), int(name.split(".")[1])
@@ -179,9 +202,9 @@ class StreamGraph(EdgeGraph):
             found[name] = kind
         for i, name in enumerate(self.targets):
             receiver, span = self._receivers[i // self._n_spans], name.partition("@")
-            heads = receiver.kind in ("q", "k", "v")
+            many = receiver.kind in ("q", "k", "v", "neuron")
             kind = f"{receiver.kind}{''.join(span[1:])} of layer {receiver.layer}"
-            found[name] = kind if heads else name
+            found[name] = kind if many else name
         return found
 
     def way(self, target: int) -> str:
@@ -213,7 +236,8 @@ class StreamGraph(EdgeGraph):
     def _reads(self) -> tuple[str, ...]:
         stream = self.stream
         senders = stream.sender_sites(s for s in stream.senders if s.kind != "bias")
-        read = (s for r in self._receivers for s in (stream.stream_site(r), stream.input_site(r)))
+        firsts = [(self._receivers[numbers[0]], site) for site, numbers in self._at_site.items()]
+        read = (s for r, site in firsts for s in (stream.stream_site(r), site))
         return tuple(dict.fromkeys([*senders, *read]))
 
     @property
@@ -222,14 +246,37 @@ class StreamGraph(EdgeGraph):
 
     @property
     def pull_reads(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.stream.stream_site(r) for r in self._receivers))
+        firsts = (self._receivers[numbers[0]] for numbers in self._at_site.values())
+        return tuple(dict.fromkeys(map(self.stream.stream_site, firsts)))
 
     @cached_property
     def _at_site(self) -> dict[str, list[int]]:
-        """The receivers at each site that can be changed, in order."""
-        found: dict[str, list[int]] = {}
+        """The receivers at each site that can be changed, in order; neurons of gated MLPs are at two."""
+        found: dict[tuple[str, int], list[int]] = {}
         for i, receiver in enumerate(self._receivers):
-            found.setdefault(self.stream.input_site(receiver), []).append(i)
+            for own in self._apart(receiver):
+                found.setdefault((own.kind, own.layer), []).append(i)
+        named: dict[str, list[int]] = {}
+        for (kind, layer), numbers in found.items():
+            named.setdefault(self.stream.input_site(Receiver(kind, layer)), []).extend(numbers)  # type: ignore[arg-type]
+        return named
+
+    def _apart(self, receiver: Receiver) -> tuple[Receiver, ...]:
+        """What a receiver reads the stream as: neurons of a gated MLP do twice."""
+        if receiver.kind != "neuron" or receiver.layer not in self._gated:
+            return (receiver,)
+        return receiver, replace(receiver, kind="neuron_linear")
+
+    @cached_property
+    def _gated(self) -> frozenset[int]:
+        """The layers whose neurons are targets and read the stream twice."""
+        return frozenset(r.layer for r in self.stream.receivers if r.kind == "neuron_linear")
+
+    def _at(self, site: str, numbers: Sequence[int]) -> list[Receiver]:
+        """Receivers, as which they are at a site."""
+        found = [self._receivers[i] for i in numbers]
+        if found[0].kind == "neuron" and site != self.stream.input_site(found[0]):
+            return [replace(r, kind="neuron_linear") for r in found]
         return found
 
     def source_sites(self) -> Iterator[tuple[tuple[str, ...], list[int]]]:
@@ -276,7 +323,8 @@ class StreamGraph(EdgeGraph):
                 table = off.new_zeros(len(off), shape[1] * shape[2])
                 table = table.index_copy(1, places, given)
                 table = table if self.spans is None else table.reshape(shape)
-                patches[receiver] = patches[receiver] + table if receiver in patches else table
+                for own in self._apart(receiver):
+                    patches[own] = patches[own] + table if own in patches else table
         options = Options() if self.spans is None else Options(span=other[_SPAN])
         return changes_of(self.stream, patches, other, options, known)
 
@@ -284,12 +332,12 @@ class StreamGraph(EdgeGraph):
     def _tables(self) -> list[tuple[slice, Int[Tensor, " edge"]]]:
         """For each receiver its edges, and their places in its table of senders and spans."""
         n, found = self._n_spans, []
-        first = np.searchsorted(self.ends[:, 1], np.arange(len(self._receivers) + 1) * n)
-        for start, stop in pairwise(first.tolist()):
-            source, target = self.ends[start:stop].T
-            found.append(
-                (slice(start, stop), torch.from_numpy(self._sender[source] * n + target % n))
-            )
+        known: dict[int, Tensor] = {}  # receivers that the same sources reach share places
+        for start, stop in pairwise(self.bounds[::n]):
+            if stop - start not in known:
+                source, target = self.ends[start:stop].T
+                known[stop - start] = torch.from_numpy(self._sender[source] * n + target % n)
+            found.append((slice(start, stop), known[stop - start]))
         return found
 
     def placed(self, task: Task, part: TaskBatch) -> dict[str, Tensor]:
@@ -357,7 +405,7 @@ class StreamGraph(EdgeGraph):
     ) -> dict[str, Tensor]:
         found, tangents = dict[str, Tensor](), dict[tuple[str, int], Tangent | None]()
         for site, numbers in self._at_site.items():
-            receivers = [self._receivers[r] for r in numbers]
+            receivers = self._at(site, numbers)
             before = self.stream.stream_site(receivers[0])
             # Queries, keys and values of a layer read the same stream through the same normalisation.
             key = before, id(norm_of(self.stream, receivers[0]))
@@ -389,14 +437,34 @@ class StreamGraph(EdgeGraph):
             whole = self._whole[: int(np.searchsorted(self._whole, reach))]
             products = change[:, : len(whole)].flatten(2) @ gradient.flatten(2).transpose(1, 2)
             rows = whole[:, None] if self.stream.splits else slice(reach)
-            made[:, rows, targets] = products
+            again = self._at(site, receivers)[0].kind == "neuron_linear"
+            made[:, rows, targets] = products + made[:, rows, targets] if again else products
             for name, some in self._part_sources.items():
                 if some.start < reach:
-                    made[:, some, targets] = _products(
-                        moved[name], gradient, tangents[name], linear
-                    )
+                    parts = _products(moved[name], gradient, tangents[name], linear)
+                    parts = parts + made[:, some, targets] if again else parts
+                    made[:, some, targets] = parts
         source, target = torch.from_numpy(self.ends).T
         return made[:, source, target]
+
+    def pieces(
+        self,
+        clean: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        slopes: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+        linear: bool = False,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        work = _Pieces(self, clean, other, slopes, linear)
+        together: dict[int, list[str]] = {}
+        for site, numbers in self._at_site.items():
+            together.setdefault(numbers[0], []).append(site)
+        for sites in together.values():
+            numbers = self._at_site[sites[0]]
+            size = len(numbers)
+            if self._receivers[numbers[0]].kind == "neuron":
+                size = work.size(numbers[0])
+            for start in range(0, len(numbers), size):
+                yield from work.of(sites, numbers[start : start + size])
 
     @cached_property
     def _whole(self) -> Int[np.ndarray, " source"]:
@@ -427,9 +495,13 @@ class StreamGraph(EdgeGraph):
     # --- baselines -------------------------------------------------------------------------------
 
     def weight_norms(self) -> Float[np.ndarray, " edge"]:
-        senders, n = [self.stream.senders[i] for i in self._sender], self._n_spans
-        ends = self.ends.tolist()
-        return path_norms(self.stream, [(senders[s], self._receivers[t // n]) for s, t in ends])
+        senders = [self.stream.senders[i] for i in self._sender]
+        found, n = np.empty(len(self)), self._n_spans
+        for number, norms in enumerate(path_norms(self.stream, senders, self._receivers)):
+            for target in range(number * n, number * n + n):
+                start, stop = self.bounds[target : target + 2]
+                found[start:stop] = norms[: stop - start]
+        return found
 
     def sizes(
         self, clean: Mapping[str, Tensor], counted: Bool[Tensor, "example position"] | None
@@ -442,16 +514,18 @@ class StreamGraph(EdgeGraph):
         weights = weights if counted is None else weights * counted.to(weights)[..., None]
         weights = weights if inside is None else weights * inside.to(weights)
         weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
-        for receivers in self._at_site.values():
+        for site, receivers in self._at_site.items():
             reach = 1 + int(self.ends[self.edges_into[receivers[0] * n], 0].max())
             whole = self._whole[: int(np.searchsorted(self._whole, reach))]
-            for receiver, given in self._given(clean, written[:, : len(whole)], receivers):
+            # Of a gated neuron the last site counts, as of its weights: what does not pass the activation function.
+            for receiver, given in self._given(clean, written[:, : len(whole)], receivers, site):
                 squares = torch.einsum("espd,epk->esk", given.square(), weights)
                 made[:, whole[:, None], self._targets([receiver])] = squares.sqrt()
                 for split in self.stream.splits:
                     own = self._part_sources[split.site]
                     if own.start < reach:
-                        sizes = self._part_sizes(split, moved[split.site], clean, receiver, weights)
+                        read = self._at(site, [receiver])[0]
+                        sizes = self._part_sizes(split, moved[split.site], clean, read, weights)
                         made[:, own, self._targets([receiver])] = sizes
         source, target = torch.from_numpy(self.ends).T
         return made[:, source, target]
@@ -461,14 +535,14 @@ class StreamGraph(EdgeGraph):
         split: Split,
         moved: PartsChange,
         clean: Mapping[str, Tensor],
-        number: int,
+        receiver: Receiver,
         weights: Tensor,
     ) -> Float[Tensor, "example part span"]:
         """How large what parts add to what a receiver is given is, with the scales of normalisations held.
 
         Parts write along one direction each, so that a normalisation's scale is a factor at each position.
         """
-        stream, receiver = self.stream, self._receivers[number]
+        stream = self.stream
         read, scale = split.directions.double(), moved.activations.double()
         passed = [
             (split.norm, split.before),
@@ -478,21 +552,21 @@ class StreamGraph(EdgeGraph):
             if norm is not None and not isinstance(norm, nn.Identity):
                 measured = stream.measured(norm)
                 read, scale = measured.linear(read), scale * measured.factor(clean[site])
-        if receiver.kind in ("q", "k", "v"):
+        if receiver.kind in ("q", "k", "v", *NEURONS):
             read = read @ read_matrices(stream, [receiver])[0].double()
         squares = torch.einsum("epn,epk->enk", scale.square(), weights.double())
         return (squares.sqrt() * read.norm(dim=1)[:, None]).to(weights)
 
     def _given(
-        self, clean: Mapping[str, Tensor], written: Tensor, numbers: Sequence[int]
+        self, clean: Mapping[str, Tensor], written: Tensor, numbers: Sequence[int], site: str = ""
     ) -> Iterator[tuple[int, Float[Tensor, "example source position inner"]]]:
         """What sources add to what each receiver of a site is given, with the scale of the normalisation held."""
-        receivers = [self._receivers[r] for r in numbers]
+        receivers = self._at(site or self.stream.input_site(self._receivers[numbers[0]]), numbers)
         before = clean[self.stream.stream_site(receivers[0])]
         tangent = tangent_of(self.stream, receivers[0], before)
         read = written if tangent is None else tangent.pushed(written, held=True)
         for number, receiver in zip(numbers, receivers, strict=True):
-            heads = receiver.kind in ("q", "k", "v")
+            heads = receiver.kind in ("q", "k", "v", *NEURONS)
             yield number, read @ read_matrices(self.stream, [receiver])[0] if heads else read
 
     def _written(
@@ -528,6 +602,84 @@ class StreamGraph(EdgeGraph):
         return torch.cat(parts, 1)
 
 
+class _Pieces:
+    """The scores of a large graph, some receivers at a time; see `EdgeGraph.pieces`."""
+
+    def __init__(
+        self,
+        graph: StreamGraph,
+        clean: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        slopes: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+        linear: bool,
+    ) -> None:
+        self.graph, self.slopes, self.linear = graph, slopes, linear
+        self.moved, self.inside = graph._moved(clean, other), graph._inside(clean)
+        self.change = graph._written(clean, other, self.moved, linear)
+        self.after = {s.site: graph._after(s, clean) for s in graph.stream.splits}
+        self.tangents: dict[tuple[int, str, int], Tangent | None] = {}
+
+    def size(self, number: int) -> int:
+        """How many receivers like one are taken at a time."""
+        n, _, length, width = self.change.shape
+        start, stop = self.graph.bounds[number * self.graph._n_spans :][:2]
+        each = n * self.graph._n_spans * max(length * width, stop - start)
+        return max(1, _NUMBERS // each)
+
+    def of(
+        self, sites: Sequence[str], numbers: Sequence[int]
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The scores of all edges into some receivers, which are at these sites."""
+        graph, targets = self.graph, self.graph._targets(numbers)
+        start, stop = graph.bounds[targets[0] : targets[0] + 2]
+        block = self.change.new_zeros(len(self.change), stop - start, len(targets))
+        for site in sites:
+            self._add(block, self._gradient(site, numbers))
+        everyone = slice(0, len(block))
+        first = 0
+        # Targets that follow one another have edges that do.
+        for place in range(1, len(targets) + 1):
+            if place == len(targets) or targets[place] != targets[place - 1] + 1:
+                edges = slice(graph.bounds[targets[first]], graph.bounds[targets[place - 1] + 1])
+                yield everyone, edges, block[..., first:place].transpose(1, 2).flatten(1)
+                first = place
+
+    def _gradient(
+        self, site: str, numbers: Sequence[int]
+    ) -> Float[Tensor, "example target position d_model"]:
+        """The mean gradient at what some receivers read."""
+        graph, receivers = self.graph, self.graph._at(site, numbers)
+        before, norm = graph.stream.stream_site(receivers[0]), norm_of(graph.stream, receivers[0])
+        total: Tensor | None = None
+        for i, (cache, gradients) in enumerate(self.slopes):
+            key = i, before, id(norm)
+            if key not in self.tangents:
+                self.tangents[key] = tangent_of(graph.stream, receivers[0], cache[before])
+            own = input_gradient(
+                graph.stream, receivers, self.tangents[key], gradients[site], self.linear
+            )
+            total = own if total is None else total + own
+        assert total is not None, "there is a run"
+        mean = total / len(self.slopes)
+        if self.inside is None:
+            return mean
+        inside = self.inside.to(mean).movedim(2, 1)[:, None, ..., None]
+        return (mean[:, :, None] * inside).flatten(1, 2)
+
+    def _add(self, block: Float[Tensor, "example source target"], gradient: Tensor) -> None:
+        """Add to scores what sources carry to targets times the gradient there."""
+        graph, reach = self.graph, block.shape[1]
+        whole = graph._whole[: int(np.searchsorted(graph._whole, reach))]
+        block[:, whole] += self.change[:, : len(whole)].flatten(2) @ gradient.flatten(2).transpose(
+            1, 2
+        )
+        for name, some in graph._part_sources.items():
+            if some.start < reach:
+                block[:, some] += _products(
+                    self.moved[name], gradient, self.after[name], self.linear
+                )
+
+
 def split_stream(stream: Stream, neurons: str, latents: Sequence[Units]) -> Stream:
     """A stream with neurons and latents as senders.
 
@@ -548,6 +700,18 @@ def split_stream(stream: Stream, neurons: str, latents: Sequence[Units]) -> Stre
     return stream.split(splits) if splits else stream
 
 
+def read_by_neurons(stream: Stream, text: str) -> tuple[int, ...]:
+    """The layers of a list, whose MLPs read the stream by neuron.
+
+    Raises:
+        ValueError: if it is no such list, or the neurons of a layer do not read what its MLP is given by matrices.
+    """
+    layers = parse_layers(text, stream, "neuron_targets")
+    for layer in layers:
+        check_neurons_read(stream, layer)
+    return layers
+
+
 def _sharing(stream: Stream) -> dict[int, SharedHeads]:
     """The layers with heads that share keys or values."""
     found = {i: SharedHeads.of(stream, i) for i in range(stream.n_layers)}
@@ -564,6 +728,11 @@ def _grain(stream: Stream, spans: Spans | None, heads: str) -> str:
     layers = [str(split.layer) for split in stream.splits if not split.whole]
     if layers:
         said.append(f"neurons of {'layer' if len(layers) == 1 else 'layers'} {', '.join(layers)}")
+    read = dict.fromkeys(str(r.layer) for r in stream.receivers if r.kind == "neuron")
+    if read:
+        said.append(
+            f"neurons of {'layer' if len(read) == 1 else 'layers'} {', '.join(read)} as targets"
+        )
     return " and ".join(said) + ("" if spans is None else f" at spans {spans}")
 
 

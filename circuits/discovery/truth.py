@@ -11,7 +11,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from circuits.cleanroom import addition, induction
-from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.graphs import LIMIT, EdgeGraph
 from circuits.discovery.results import ranked
 from circuits.discovery.searching import Mask
 from circuits.files import finite
@@ -64,7 +64,7 @@ def recovered(worth: Float[np.ndarray, " edge"], truth: Mask) -> Recovered:
         raise ValueError(f"truth: {k} of {n} edges are true; expected some and not all")
     # Of k true edges the smallest sum of ranks is k (k + 1) / 2, and the largest is k (n - k) more.
     auroc = (rankdata(worth)[truth].sum() - k * (k + 1) / 2) / (k * (n - k))
-    return Recovered(k, n, float(auroc), float(truth[ranked(worth)[:k]].mean()))
+    return Recovered(k, n, float(auroc), float(truth[ranked(worth, k)].mean()))
 
 
 def known_edges(graph: EdgeGraph, shift: int = 0) -> Mask | None:
@@ -76,6 +76,6 @@ def known_edges(graph: EdgeGraph, shift: int = 0) -> Mask | None:
             both runs, and edges from them carry nothing.
     """
     edges = KNOWN.get(graph.model.name)
-    if edges is None or not set(edges) <= set(graph.edges):
+    if edges is None or len(graph) > LIMIT or not set(edges) <= set(graph.edges):
         return None
     return graph.mask([edge for edge in edges if shift or edge[0] != "position"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,7 +25,7 @@ from circuits.models.paths.contributions import (
     written_change,
 )
 from circuits.models.paths.parts import PartsChange
-from circuits.models.paths.residual import STREAMS, Path, Receiver, Sender, Stream
+from circuits.models.paths.residual import NEURONS, STREAMS, Path, Receiver, Sender, Stream
 from circuits.progress import Progress
 
 Direction = Literal["noising", "denoising"]
@@ -33,6 +33,9 @@ Direction = Literal["noising", "denoising"]
 
 MEMORY = 2**29
 """A rough limit for the tensors of one pass, in bytes."""
+
+_NUMBERS = 2**22
+"""How many numbers the stream of the receivers that are patched together has at most: neurons are many."""
 
 _WIDE_TENSORS = 8
 """How many tensors of the model's largest width are alive at the same time, roughly."""
@@ -350,23 +353,56 @@ class _Pass:
         def change(value: Tensor) -> Tensor:
             made = value.unflatten(0, (self.n_sets, -1)).clone()
             for one in those:
-                received, heads = self._received(one), [r.head for r in one.receivers]
-                if one.receivers[0].kind not in ("q", "k", "v"):
-                    made[one.index] += received
-                else:
-                    # Only the sets that patch these heads: `index` numbers them along the stacked axis.
-                    rows = made[one.index]
-                    rows[..., heads, :] += received
-                    made[one.index] = rows
+                for some in self._in_parts(one, made, theirs):
+                    self._add(made, some, self._received(some))
                 if theirs is not None:
                     self._replace(made, theirs, one)
             return made.flatten(0, 1)
 
         return change
 
+    @staticmethod
+    def _add(made: Tensor, one: _PatchedReceivers, received: Tensor) -> None:
+        """Add the change of receivers' inputs to their site."""
+        own, kind = [r.head for r in one.receivers], one.receivers[0].kind
+        if kind not in ("q", "k", "v", *NEURONS):
+            made[one.index] += received
+            return
+        # Only the sets that patch these heads: `index` numbers them along the stacked axis.
+        rows = made[one.index]
+        rows[(..., own) if kind in NEURONS else (..., own, slice(None))] += received
+        made[one.index] = rows
+
+    def _in_parts(
+        self, one: _PatchedReceivers, made: Tensor, theirs: Tensor | None
+    ) -> Iterator[_PatchedReceivers]:
+        """Neurons that are patched, a number of them at a time, without those that `_replace` gives all they read."""
+        if one.receivers[0].kind not in NEURONS:
+            yield one
+            return
+        left = list(range(len(one.receivers)))
+        if theirs is not None and self.options.span is None and not one.off.requires_grad:
+            reaching = self.stream.reaching(one.receivers[0])
+            whole = (one.off[:, reaching] == 1).flatten(0, 1).all(0)
+            left = (~whole).nonzero()[:, 0].tolist()
+        each = len(one.index) * made.shape[1] * made.shape[2] * self.stream.width
+        size = max(1, _NUMBERS // max(1, each))
+        for start in range(0, len(left), size):
+            some = left[start : start + size]
+            receivers = tuple(one.receivers[k] for k in some)
+            yield _PatchedReceivers(receivers, one.index, one.off[:, :, some], one.senders)
+
     def _replace(self, made: Tensor, theirs: Tensor, one: _PatchedReceivers) -> None:
         """Put in what was read in the other run where nothing of this run is read."""
         span = self.options.span
+        if one.receivers[0].kind in NEURONS and span is None and not made.requires_grad:
+            reaching = self.stream.reaching(one.receivers[0])
+            off = (one.off[:, reaching] == 1).all(1)[:, None, None].to(made.device)
+            rows, own = made[one.index], [r.head for r in one.receivers]
+            put = self._rows(theirs.unflatten(0, (-1, made.shape[1])), one.index)
+            rows[..., own] = torch.where(off, put[..., own], rows[..., own])
+            made[one.index] = rows
+            return
         for k, receiver in enumerate(one.receivers):
             reaching = self.stream.reaching(receiver)
             off = (one.off[:, reaching, k] == 1).all(1)
@@ -374,15 +410,20 @@ class _Pass:
             if not len(whole):
                 continue
             put = self._rows(theirs.unflatten(0, (-1, made.shape[1])), whole)
-            heads = receiver.kind in ("q", "k", "v")
-            at = (whole, ..., receiver.head, slice(None)) if heads else (whole,)
+            at: tuple[Any, ...] = (whole,)
+            if receiver.kind in ("q", "k", "v"):
+                at, put = (whole, ..., receiver.head, slice(None)), put[..., receiver.head, :]
+            elif receiver.kind in NEURONS:
+                at, put = (whole, ..., receiver.head), put[..., receiver.head]
             own = made[at]
-            put = put[..., receiver.head, :] if heads else put.expand_as(own)
+            put = put.expand_as(own)
             if own.requires_grad:
                 # A zero with the gradient of what is replaced, so that derivatives by `off` stay.
                 put = put + (own - own.detach())
             if span is not None:
-                put = torch.where(off[off.any(1)][:, span][..., None].to(made.device), put, own)
+                inside = off[off.any(1)][:, span].to(made.device)
+                inside = inside if receiver.kind in NEURONS else inside[..., None]
+                put = torch.where(inside, put, own)
             made[at] = put
 
     def _received(self, one: _PatchedReceivers) -> Tensor:

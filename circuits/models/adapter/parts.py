@@ -65,6 +65,13 @@ class Parts(Protocol):
     ) -> tuple[Float[Tensor, "d_model neuron"], Float[Tensor, "neuron d_model"]] | None:
         """W_in and W_out of a layer's MLP; None if it has none, or several."""
 
+    def neuron_inputs(self, layer: int) -> tuple[Float[Tensor, "d_model neuron"], ...]:
+        """The matrices by which a layer's neurons read: W_in, or W_gate and W_in of a gated MLP; none if it has none.
+
+        The first makes the site `hook_pre`, the second `hook_pre_linear`.
+        """
+        ...
+
     def mlp(self, layer: int) -> nn.Module | None:
         """A layer's MLP, from the site `mlp.hook_in` on, without the norm after it; None if it has none."""
 
@@ -132,6 +139,13 @@ class BridgeParts:
         if mlp is None or not isinstance(getattr(mlp, "W_out", None), Tensor):
             return None
         return mlp.W_in.detach(), mlp.W_out.detach()  # type: ignore[union-attr, operator]
+
+    def neuron_inputs(self, layer: int) -> tuple[Tensor, ...]:
+        found = self.neurons(layer)
+        if found is None:
+            return ()
+        gate = getattr(self.mlp(layer), "W_gate", None)
+        return (gate.detach(), found[0]) if isinstance(gate, Tensor) else found[:1]
 
     def unembedding(self) -> tuple[Tensor, Tensor]:
         return self.bridge.W_U.detach(), self.bridge.b_U.detach()
@@ -337,6 +351,15 @@ class TracedParts:
         # Where one product gates the other (SwiGLU), the one that goes through the activation function is the gate.
         inner = matrices[0] if len(matrices) == 1 else matrices[self.stream.linear_input(layer)]
         return (inner, out) if inner.shape[1] == len(out) else None
+
+    def neuron_inputs(self, layer: int) -> tuple[Tensor, ...]:
+        if self.neurons(layer) is None:
+            return ()
+        inputs = self.stream.layers[layer].inputs
+        matrices = [self._constants.matrix(affine)[0] for affine in inputs]
+        if len(inputs) == 2 and self.stream.linear_input(layer) == 0:
+            matrices.reverse()
+        return tuple(matrices)
 
     def unembedding(self) -> tuple[Tensor, Tensor]:
         if self.stream.unembed is None:

@@ -518,6 +518,12 @@ def stream_values(stream: TracedStream) -> Mapping[str, Value]:
             f"{layer}.mlp.hook_post": at.neurons,
             f"{layer}.mlp.hook_in": at.mlp_input if stream.reads_alone(at) else None,
         }
+        if at.neurons is not None and len(at.inputs) in (1, 2):
+            linear = stream.linear_input(n) if len(at.inputs) == 2 else -1
+            found |= {
+                f"{layer}.mlp.hook_pre{'_linear' if i == linear else ''}": affine.made
+                for i, affine in enumerate(at.inputs)
+            }
     if stream.unembed is not None:
         unembed = stream.unembed
         found["hook_unembed"] = unembed.made

@@ -19,7 +19,7 @@ from circuits.models.adapter.hooked_model import ActivationCache
 from circuits.models.adapter.norms import Tangent, measure_norm
 from circuits.models.adapter.sites import evaluating
 from circuits.models.paths.parts import PartsChange
-from circuits.models.paths.residual import Receiver, Sender, Stream, Writers
+from circuits.models.paths.residual import NEURONS, Receiver, Sender, Stream, Writers
 
 _PARTS = ("q", "k", "v")
 _READS: Mapping[str, Matrices] = {"q": "W_Q", "k": "W_K", "v": "W_V"}
@@ -168,8 +168,8 @@ def input_change(
 
     Args:
         stream: the model's residual stream.
-        receivers: queries, keys or values of heads of one layer (`inner` is receiver x d_head), or one receiver of
-            another kind, except the stream itself (`inner` is d_model).
+        receivers: queries, keys or values of heads of one layer (`inner` is receiver x d_head), neurons of one
+            (`inner` is receiver), or one receiver of another kind, except the stream itself (`inner` is d_model).
         before: the stream without the change.
         change: what is added to the stream, for each receiver.
         hold_norm: freeze the normalisation's scale instead of recomputing it.
@@ -177,9 +177,10 @@ def input_change(
     first = receivers[0]
     norm, before = norm_of(stream, first), before[:, :, None]
     made = _held(norm, before, change) if hold_norm else _norm_change(norm, before, change)
-    if first.kind not in _PARTS:
+    if first.kind not in (*_PARTS, *NEURONS):
         return made[:, :, 0]
-    return torch.einsum("sekpm,kmd->sepkd", made, read_matrices(stream, receivers))
+    given = torch.einsum("sekpm,kmd->sepkd", made, read_matrices(stream, receivers))
+    return given[..., 0] if first.kind in NEURONS else given
 
 
 def input_gradient(
@@ -193,12 +194,14 @@ def input_gradient(
 
     Args:
         stream: the model's residual stream.
-        receivers: all receivers at one site.
+        receivers: all receivers at one site; of neurons some will do.
         tangent: of the normalisation before them, at the stream that they read (`tangent_of`).
         gradient: the gradient at `Stream.input_site`.
         hold_norm: freeze the normalisation's scale.
     """
-    if receivers[0].kind not in _PARTS:
+    if receivers[0].kind in NEURONS:
+        gradient = gradient[..., [r.head for r in receivers], None]
+    elif receivers[0].kind not in _PARTS:
         given = gradient[:, None]
         return given if tangent is None else tangent.pulled(given, hold_norm)
     matrices = read_matrices(stream, receivers)
@@ -218,8 +221,14 @@ def tangent_of(
 def read_matrices(
     stream: Stream, receivers: Sequence[Receiver]
 ) -> Float[Tensor, "receiver d_model d_head"]:
-    """What queries, keys or values of heads of one layer are multiplied with, after the normalisation."""
+    """What queries, keys or values of heads of one layer are multiplied with, after the normalisation.
+
+    Of neurons of one layer `d_head` is 1.
+    """
     first = receivers[0]
+    if first.kind in NEURONS:
+        matrix = stream.parts.neuron_inputs(first.layer)[NEURONS.index(first.kind)]
+        return matrix.detach().T[[r.head for r in receivers], :, None]
     return stream.matrix(_READS[first.kind], first.layer)[[r.head for r in receivers]]
 
 
@@ -229,8 +238,9 @@ def norm_of(stream: Stream, receiver: Receiver) -> Any:
         return stream.norm("ln_final") or nn.Identity()
     layer = receiver.layer
     # Parallel layers have one normalisation for attention and MLP (GPT-J), or one for each (GPT-NeoX).
-    own = stream.norm("mlp_input", layer) if receiver.kind == "mlp" else None
-    if receiver.kind == "mlp" and not stream.parallel:
+    of_mlp = receiver.kind in ("mlp", *NEURONS)
+    own = stream.norm("mlp_input", layer) if of_mlp else None
+    if of_mlp and not stream.parallel:
         return own or nn.Identity()
     return own or stream.norm("ln1", layer) or nn.Identity()
 

@@ -28,10 +28,15 @@ from circuits.models.paths.parts import Split, Writing
 from circuits.units import unknown
 
 SenderKind = Literal["token", "position", "head", "mlp", "bias", "part", "rest"]
-ReceiverKind = Literal["q", "k", "v", "mlp", "logits", "resid_pre", "resid_mid", "resid_post"]
+ReceiverKind = Literal[
+    "q", "k", "v", "mlp", "neuron", "neuron_linear", "logits", "resid_pre", "resid_mid", "resid_post"
+]  # fmt: skip
 
 STREAMS: tuple[ReceiverKind, ...] = ("resid_pre", "resid_mid", "resid_post")
 """Receivers that are the stream itself: a change there reaches everything that reads the stream from there on."""
+
+NEURONS: tuple[ReceiverKind, ...] = ("neuron", "neuron_linear")
+"""What a neuron of an MLP is given before its nonlinearity, and, in gated MLPs, what this is multiplied with."""
 
 _PARTS: tuple[ReceiverKind, ...] = ("q", "k", "v")
 
@@ -72,12 +77,14 @@ class Receiver:
     """Something that reads the residual stream.
 
     Attributes:
-        kind: a head's queries, keys or values; an MLP; the logits; or the stream itself at a layer.
+        kind: a head's queries, keys or values; an MLP, or one of its neurons; the logits; or the stream itself at a
+            layer.
         layer: the layer.
-        head: the number of the head; for shared keys and values (grouped-query attention), of the group.
+        head: the number of the head; for shared keys and values (grouped-query attention), of the group; of a neuron
+            its own.
 
-    >>> str(Receiver("q", 1, 0)), str(Receiver("mlp", 0)), str(Receiver("resid_mid", 2))
-    ('1.0.q', 'mlp:0', 'resid_mid:2')
+    >>> str(Receiver("q", 1, 0)), str(Receiver("mlp", 0)), str(Receiver("neuron", 0, 7)), str(Receiver("resid_mid", 2))
+    ('1.0.q', 'mlp:0', 'mlp:0:7', 'resid_mid:2')
     """
 
     kind: ReceiverKind
@@ -87,6 +94,8 @@ class Receiver:
     def __str__(self) -> str:
         if self.kind in _PARTS:
             return f"{self.layer}.{self.head}.{self.kind}"
+        if self.kind in NEURONS:
+            return f"mlp:{self.layer}:{self.head}"
         return self.kind if self.kind == "logits" else f"{self.kind}:{self.layer}"
 
 
@@ -212,6 +221,22 @@ class Stream:
             senders |= {Sender("rest", at[0], 0, at[1]): None} if split.whole else {}
         new: dict[str, dict[Any, Any]] = {"_reaching": {}, "_writers": {}}
         return replace(self, senders=tuple(senders), splits=tuple(splits), **new)  # type: ignore[arg-type]
+
+    def with_neurons(self, layers: Sequence[int]) -> Stream:
+        """The same stream with the neurons of some layers' MLPs as receivers, besides the MLPs.
+
+        Raises:
+            ValueError: if a layer's MLP has no matrix by which its neurons read the stream.
+        """
+        receivers = list[Receiver]()
+        for receiver in self.receivers:
+            receivers.append(receiver)
+            if receiver.kind == "mlp" and receiver.layer in layers:
+                matrices = self.parts.neuron_inputs(receiver.layer)
+                for kind, matrix in zip(NEURONS, matrices, strict=False):
+                    receivers += [Receiver(kind, receiver.layer, i) for i in range(matrix.shape[1])]
+        new: dict[str, dict[Any, Any]] = {"_reaching": {}, "_writers": {}}
+        return replace(self, receivers=tuple(receivers), **new)  # type: ignore[arg-type]
 
     @property
     def n_layers(self) -> int:
@@ -351,7 +376,7 @@ class Stream:
         """The time at which a receiver reads (see `_writes_at`)."""
         if receiver.kind == "logits":
             return 4 * self.n_layers + 1
-        late = receiver.kind in ("mlp", "resid_mid") and not self.parallel
+        late = receiver.kind in ("mlp", *NEURONS, "resid_mid") and not self.parallel
         return 4 * receiver.layer + (5 if receiver.kind == "resid_post" else 3 if late else 1)
 
     # --- sites -----------------------------------------------------------------------------------
@@ -440,11 +465,14 @@ class Stream:
         layer = self.layers[receiver.layer]
         if receiver.kind == "resid_post":
             return layer.after
-        middle = receiver.kind == "resid_mid" or (receiver.kind == "mlp" and not self.parallel)
+        of_mlp = receiver.kind in ("mlp", *NEURONS)
+        middle = receiver.kind == "resid_mid" or (of_mlp and not self.parallel)
         return _shown(layer.between) if middle else layer.before
 
     def input_site(self, receiver: Receiver) -> str:
-        """The site at which the input of this receiver alone can be changed (for a head: of its layer's heads)."""
+        """The site at which the input of this receiver alone can be changed (for a head or a neuron: of those of its
+        layer).
+        """
         if receiver.kind == "logits":
             return self._named(next(name for name in _READOUTS if name in self._known))
         # A change at `hook_resid_mid` would reach the MLP only: the skip connection around the MLP is not read from
@@ -459,7 +487,10 @@ class Stream:
             return found
         if receiver.kind in STREAMS:
             return self.stream_site(receiver)
-        inner = "mlp.hook_in" if receiver.kind == "mlp" else f"attn.hook_{receiver.kind}"
+        own = {"mlp": "hook_in", "neuron": "hook_pre", "neuron_linear": "hook_pre_linear"}.get(
+            receiver.kind
+        )
+        inner = f"attn.hook_{receiver.kind}" if own is None else f"mlp.{own}"
         return self._named(f"blocks.{receiver.layer}.{inner}")
 
     @cached_property
