@@ -12,29 +12,6 @@ from circuits.claims.verdicts import ALPHA, Expected
 
 
 @dataclass(frozen=True)
-class Claim:
-    """One claim.
-
-    Attributes:
-        name: what it is called in its file.
-        kind: what is claimed, e.g. `sufficient`.
-        test: the test that could refute it.
-        settings: the test's thresholds and choices, all of them: what the file does not name has its default.
-        statement: the claim in words.
-        expect: the verdict that the author expects.
-        why: why a claim is in the file that is expected to be refuted.
-    """
-
-    name: str
-    kind: str
-    test: str
-    settings: Mapping[str, Any]
-    statement: str = ""
-    expect: Expected = "holds"
-    why: str = ""
-
-
-@dataclass(frozen=True)
 class TaskSpec:
     """Which task claims are about.
 
@@ -77,6 +54,31 @@ class CircuitSpec:
     def given(self) -> bool:
         """Whether there is a circuit."""
         return bool(self.saved or self.file or self.edges or self.units)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+        name: what it is called in its file.
+        kind: what is claimed, e.g. `sufficient`.
+        test: the test that could refute it.
+        settings: the test's thresholds and choices, all of them: what the file does not name has its default.
+        statement: the claim in words.
+        expect: the verdict that the author expects.
+        why: why a claim is in the file that is expected to be refuted.
+        circuit: the circuit that it is about; that of the file if None.
+    """
+
+    name: str
+    kind: str
+    test: str
+    settings: Mapping[str, Any]
+    statement: str = ""
+    expect: Expected = "holds"
+    why: str = ""
+    circuit: CircuitSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,10 @@ def _file(raw: Any) -> ClaimFile:
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
         raise ValueError(f"two claims are called {twice!r}: give each its own name")
-    circuit = _circuit(own.get("circuit"))
-    lacking = next((c for c in claims if TESTS[c.test].circuit and not circuit.given), None)
+    circuit = _circuit(own["circuit"], "circuit") if "circuit" in own else CircuitSpec()
+    lacking = next(
+        (c for c in claims if TESTS[c.test].circuit and not (c.circuit or circuit).given), None
+    )
     if lacking is not None:
         raise ValueError(
             f"claim {lacking.name!r}: the test {lacking.test} is about a circuit, and `circuit` is missing"
@@ -175,7 +177,9 @@ _OTHERS = (
 
 
 def _claim(raw: Any, where: str) -> Claim:
-    own = _mapping(raw, where, ("name", "claim", "test", "with", "statement", "expect", "why"))
+    own = _mapping(
+        raw, where, ("name", "claim", "test", "with", "statement", "expect", "why", "circuit")
+    )
     kind, name = own.get("claim"), own.get("test")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{where}.claim {clipped(repr(kind))}: expected one of {', '.join(KINDS)}")
@@ -198,7 +202,8 @@ def _claim(raw: Any, where: str) -> Claim:
     if expect == "refuted" and not texts["why"]:
         raise ValueError(f"{where}: expect is refuted: say why the claim is here in `why`")
     texts["name"] = texts["name"] or f"{kind}: {name}"
-    return Claim(kind=kind, test=name, settings=settings, expect=expect, **texts)
+    circuit = _circuit(own["circuit"], f"{where}.circuit") if "circuit" in own else None
+    return Claim(kind=kind, test=name, settings=settings, expect=expect, circuit=circuit, **texts)
 
 
 def _task(raw: Any) -> TaskSpec:
@@ -215,25 +220,23 @@ def _task(raw: Any) -> TaskSpec:
 _WAYS = ("saved", "file", "edges", "units")
 
 
-def _circuit(raw: Any) -> CircuitSpec:
-    if raw is None:
-        return CircuitSpec()
-    own = _mapping(raw, "circuit", tuple(f.name for f in fields(CircuitSpec)))
+def _circuit(raw: Any, where: str) -> CircuitSpec:
+    own = _mapping(raw, where, tuple(f.name for f in fields(CircuitSpec)))
     given = [way for way in _WAYS if way in own]
     if len(given) != 1:
         said = " and ".join(given) or "none of them"
-        raise ValueError(f"circuit: expected one of {', '.join(_WAYS)}; there is {said}")
+        raise ValueError(f"{where}: expected one of {', '.join(_WAYS)}; there is {said}")
     made = CircuitSpec(
-        saved=_text(own.get("saved", ""), "circuit.saved"), file=_text(own.get("file", ""), "circuit.file"),
-        edges=_texts(own.get("edges", []), "circuit.edges"), units=_texts(own.get("units", []), "circuit.units"),
-        sites=_texts(own.get("sites", []), "circuit.sites"), graph=_mapping(own.get("graph", {}), "circuit.graph"),
+        saved=_text(own.get("saved", ""), f"{where}.saved"), file=_text(own.get("file", ""), f"{where}.file"),
+        edges=_texts(own.get("edges", []), f"{where}.edges"), units=_texts(own.get("units", []), f"{where}.units"),
+        sites=_texts(own.get("sites", []), f"{where}.sites"), graph=_mapping(own.get("graph", {}), f"{where}.graph"),
     )  # fmt: skip
     if not made.given:
-        raise ValueError(f"circuit.{given[0]} is empty")
+        raise ValueError(f"{where}.{given[0]} is empty")
     if made.sites and not made.units:
-        raise ValueError("circuit.sites belongs to a circuit of units")
+        raise ValueError(f"{where}.sites belongs to a circuit of units")
     if made.graph and not (made.edges or made.file):
-        raise ValueError("circuit.graph belongs to a circuit of edges, or of a file of edges")
+        raise ValueError(f"{where}.graph belongs to a circuit of edges, or of a file of edges")
     return made
 
 
@@ -301,6 +304,7 @@ def _plain(value: Any) -> Any:
 def _as_yaml(claim: Claim) -> dict[str, Any]:
     made: dict[str, Any] = {"name": claim.name, "claim": claim.kind}
     made |= {"statement": claim.statement} if claim.statement else {}
+    made |= {} if claim.circuit is None else {"circuit": _given(claim.circuit)}
     made |= {"test": claim.test, "with": _plain(claim.settings), "expect": claim.expect}
     return made | ({"why": claim.why} if claim.why else {})
 
@@ -319,13 +323,9 @@ def write_claims(path: str | Path, file: ClaimFile) -> None:
 def claims_schema() -> dict[str, Any]:
     """The JSON schema of claim files."""
     text, some = {"type": "string"}, {"type": "string", "minLength": 1}
-    texts = {"anyOf": [text, {"type": "array", "items": text}]}
     seed = _whole(0, 2**32 - 1)
     task = {
         "spec": text, "metric": text, "data": text, "examples": _whole(2, 10**6), "seed": seed,
-    }  # fmt: skip
-    circuit = {
-        "saved": some, "file": some, "edges": texts, "units": texts, "sites": texts, "graph": {"type": "object"},
     }  # fmt: skip
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -336,7 +336,7 @@ def claims_schema() -> dict[str, Any]:
         "properties": {
             "circuits_claims": {"const": LAYOUT}, "name": some, "model": some, "model_hash": some, "about": text,
             "weights": text, "task": {"anyOf": [text, _object(task)]},
-            "circuit": _object(circuit) | {"oneOf": [{"required": [way]} for way in _WAYS]},
+            "circuit": _circuit_schema(),
             "ablation": {"enum": list(ABLATIONS)}, "shift": _whole(-(2**31), 2**31), "seed": seed,
             "alpha": {"type": "number", "minimum": 1e-6, "maximum": 0.5},
             "roles": {"type": "object", "additionalProperties": text},
@@ -358,13 +358,23 @@ def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _circuit_schema() -> dict[str, Any]:
+    text, some = {"type": "string"}, {"type": "string", "minLength": 1}
+    texts = {"anyOf": [text, {"type": "array", "items": text}]}
+    circuit = {
+        "saved": some, "file": some, "edges": texts, "units": texts, "sites": texts, "graph": {"type": "object"},
+    }  # fmt: skip
+    return _object(circuit) | {"oneOf": [{"required": [way]} for way in _WAYS]}
+
+
 def _claim_schema(name: str) -> dict[str, Any]:
     test, text = TESTS[name], {"type": "string"}
     needed = [p.name for p in test.parameters if p.default is None]
     with_ = _object({p.name: p.schema() for p in test.parameters}, *needed)
     return _object({
         "name": text, "claim": {"enum": list(test.kinds)}, "test": {"const": name, "description": test.about},
-        "with": with_, "statement": text, "expect": {"enum": list(get_args(Expected))}, "why": text,
+        "with": with_, "circuit": _circuit_schema(), "statement": text, "why": text,
+        "expect": {"enum": list(get_args(Expected))},
     }, "claim", "test", *(["with"] if needed else []))  # fmt: skip
 
 

@@ -143,7 +143,11 @@ _OUTSIDE: Mapping[str, Outside] = {
 
 
 class UnitParts:
-    """Units at some sites, such as heads and MLPs; see `Parts`."""
+    """Units at some sites; see `Parts`.
+
+    Without sites these are a transformer's heads, and its embedding and MLPs as one part each; of sites that are named
+    every unit is a part.
+    """
 
     word = "units"
 
@@ -152,26 +156,41 @@ class UnitParts:
     ) -> None:
         self.model = model
         self.sites = keeping_sites(model, list(sites) or None)
-        self.units: tuple[Unit, ...] = tuple(
-            site.unit(i) for site in self.sites for i in range(site.n_units)
-        )
+        self._parts: dict[str, tuple[Unit, ...]] = {}
+        self._site_of: list[int] = []
+        for number, site in enumerate(self.sites):
+            units = tuple(map(site.unit, range(site.n_units)))
+            one = not sites and site.kind != "head"
+            found = {site.name: units} if one else {str(unit): (unit,) for unit in units}
+            self._parts |= found
+            self._site_of += [number] * len(found)
         self._batch, self._seed = batch, seed
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every unit, written `SITE:INDEX`."""
-        return tuple(map(str, self.units))
+        """Every part: a unit, written `SITE:INDEX`, or a site."""
+        return tuple(self._parts)
 
     @property
     def classes(self) -> Int[np.ndarray, " part"]:
         """A number for each site."""
-        order = {site.name: i for i, site in enumerate(self.sites)}
-        return np.array([order[unit.site] for unit in self.units])
+        return np.array(self._site_of)
 
     def mask(self, names: Sequence[str]) -> Mask:
-        """See `Parts.mask`; a name may be `SITE:1,2,5-9`, or a site with all of its units."""
+        """See `Parts.mask`; a name may be `SITE:1,2,5-9`, or a site with all of its units.
+
+        Raises:
+            ValueError: if only some units are named of a site that is one part.
+        """
         kept = set(units_kept(self.model, list(names), self.sites))
-        return np.array([unit in kept for unit in self.units])
+        found = [sum(unit in kept for unit in units) for units in self._parts.values()]
+        for n, (name, units) in zip(found, self._parts.items(), strict=True):
+            if 0 < n < len(units):
+                raise ValueError(
+                    f"units of {name}: {n} of {len(units)} are named, and the site is one part; name it as a whole, or "
+                    "give `sites` to take every unit as a part"
+                )
+        return np.array(found) > 0
 
     def connected(self, kept: Mask) -> Mask:
         """All: a unit's input and output are never cut off."""
@@ -212,7 +231,9 @@ class UnitParts:
         return outcomes.values[task.metric.name][1:]
 
     def _variant(self, kept: Mask, name: str, ablation: str, task: Task) -> Variant:
-        units = [unit for unit, own in zip(self.units, kept, strict=True) if own]
+        units = [
+            u for own, part in zip(kept, self._parts.values(), strict=True) if own for u in part
+        ]
         return keep_only(
             self.model, units, self.sites, how=_OUTSIDE[ablation], examples=task.examples, name=name
         )

@@ -226,12 +226,21 @@ def subject_of(
         model, task, ablation=_ablation(file.ablation), seed=file.seed, task_spec=file.task, place=place,
         folder=folder,
     )  # fmt: skip
-    if not file.circuit.given:
-        return subject
-    parts, kept, found = circuit_of(file.circuit, model, place, folder, file.shift, file.seed)
+    return about(subject, file.circuit, file.shift) if file.circuit.given else subject
+
+
+def about(subject: Subject, circuit: CircuitSpec, shift: int = 0) -> Subject:
+    """The same model and task with a circuit.
+
+    Raises:
+        KeyError, FileNotFoundError, ValueError: as `subject_of`.
+    """
+    parts, kept, found = circuit_of(
+        circuit, subject.model, subject.place, subject.folder, shift, subject.seed
+    )
     if not kept.any():
         raise ValueError("circuit: it has no parts; expected at least one")
-    return replace(subject, parts=parts, kept=kept, found=found)
+    return replace(subject, parts=parts, kept=kept, found=found, _known={})
 
 
 def _ablation(name: str) -> Ablation:

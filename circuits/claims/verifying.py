@@ -13,7 +13,7 @@ from circuits.claims.catalogue import TESTS
 from circuits.claims.claim import Claim, ClaimFile
 from circuits.claims.files import to_yaml
 from circuits.claims.registration import Registration, conclude, earlier_runs, register
-from circuits.claims.subject import Subject, load_claims_task, subject_of
+from circuits.claims.subject import Subject, about, load_claims_task, subject_of
 from circuits.claims.verdicts import Level, Measured, Verdict, exit_code
 from circuits.files import Keep, finite, keeping, make_now
 from circuits.models.adapter.hooked_model import HookedModel
@@ -179,19 +179,24 @@ def verify(
     subject = subject_of(file, model, place, Path(folder), task)
     level = Level(file.alpha, len(file.claims))
     database = place.writable().database
+    subjects = [
+        subject if c.circuit is None else about(subject, c.circuit, file.shift) for c in file.claims
+    ]
     # What came before is read first: claims of one file that differ in their settings only share a history.
-    before = [earlier_runs(database, file, claim, subject) for claim in file.claims]
+    before = [
+        earlier_runs(database, file, c, own) for c, own in zip(file.claims, subjects, strict=True)
+    ]
     made = [
-        register(database, file, claim, subject, runs)
-        for claim, runs in zip(file.claims, before, strict=True)
+        register(database, file, claim, own, runs)
+        for claim, own, runs in zip(file.claims, subjects, before, strict=True)
     ]
     work = place.model_folder(model.hash) / "claims"
     judged = []
-    for one in made:
-        own = work / one.terms[:16]
-        own.mkdir(parents=True, exist_ok=True)
-        judged.append(_judged(one, subject, level, stage, keeping(own)))
-        conclude(database, subject, one, judged[-1].verdict)
+    for one, own in zip(made, subjects, strict=True):
+        kept = work / one.terms[:16]
+        kept.mkdir(parents=True, exist_ok=True)
+        judged.append(_judged(one, own, level, stage, keeping(kept)))
+        conclude(database, own, one, judged[-1].verdict)
     for one in made:  # all is in the report now: the next verification computes everything again
         shutil.rmtree(work / one.terms[:16], ignore_errors=True)
     size = "" if subject.kept is None or subject.parts is None else (

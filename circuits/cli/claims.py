@@ -38,9 +38,7 @@ def new(
     )] = LIMIT,
     ablation: Annotated[Ablation, option("What everything outside the circuit carries.")] = "counterpart",
     about: Annotated[str, option("The story, in a few sentences.")] = "",
-    seed: Annotated[int | None, option(
-        "The random seed. By default the one with which the circuit was found.", check=Within(0, 2**32 - 1)
-    )] = None,
+    seed: options.Seed = 0,
 ) -> None:  # fmt: skip
     """Write a claim file about a saved circuit, with every test that applies and its strict default thresholds."""
     options.check_out(out, ".yaml", ".yml")
@@ -48,8 +46,7 @@ def new(
     found = load_circuit(model.place.database, circuit, loaded.hash)
     weights = str(model.weights.resolve()) if model.weights else ""
     made = found.graph.get("made", {})
-    chosen = int(made.get("seed", 0)) if seed is None else seed
-    spec = TaskSpec(task or str(made.get("task", "")), examples, chosen)
+    spec = TaskSpec(task or str(made.get("task", "")), examples, seed)
     check_not_found_on(found, load_claims_task(loaded, spec).test)
     file = claims_of_circuit(
         circuit,
@@ -60,7 +57,7 @@ def new(
         weights=weights,
         ablation=ablation,
         about=about,
-        seed=chosen,
+        seed=seed,
     )
     write_claims(out, file)
     rows = [
