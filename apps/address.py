@@ -122,7 +122,14 @@ def choose(
         st.query_params[parameter] = st.session_state[key]
 
     with st.sidebar if sidebar else nullcontext():
-        return st.selectbox(label, options, key=key, on_change=changed, format_func=show, help=help)
+        return st.selectbox(
+            label,
+            options,
+            key=key,
+            on_change=changed,
+            format_func=show,
+            help=plain(help) if help else None,
+        )
 
 
 N = TypeVar("N", int, float)

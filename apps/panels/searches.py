@@ -34,18 +34,18 @@ _SEEDS = 2**31 - 1
 _MOST = 5
 
 METHODS = (
-    "How each edge is scored: `exact` patches every edge; `eap` (one gradient), `eap-ig` and `eap-ig-activations` "
-    "(gradients averaged along a path), `clean-corrupted` (at both ends) and `relp` (by the rules of relevance) "
-    "estimate that; `weights` and `activations` are sizes and `random` is nothing, for comparison."
+    "How each edge is scored: exact patches every edge; eap (one gradient), eap-ig and eap-ig-activations "
+    "(gradients averaged along a path), clean-corrupted (at both ends) and relp (by the rules of relevance) "
+    "estimate that; weights and activations are sizes and random is nothing, for comparison."
 )
 SEARCHES = (
-    "How edges are chosen: the highest scores (`top`), grown backwards from the output (`greedy`), three times as "
-    "many, cut by exact effects (`refine`), all, dropping what is not needed (`acdc`), a learned mask (`pruning`)."
+    "How edges are chosen: the highest scores (top), grown backwards from the output (greedy), three times as "
+    "many, cut by exact effects (refine), all, dropping what is not needed (acdc), a learned mask (pruning)."
 )
 ABLATIONS = (
-    "What edges outside the circuit carry: what they carry on the example's `counterpart` or another example "
-    "(`resample`); the `mean` over examples and positions, `mean-by-position` or `mean-by-template`; constants learned "
-    "for the circuit (`optimal`); nothing (`zero`)."
+    "What edges outside the circuit carry: what they carry on the example's counterpart or another example "
+    "(resample); the mean over examples and positions, mean-by-position or mean-by-template; constants learned "
+    "for the circuit (optimal); nothing (zero)."
 )
 _KV = (
     "Whether keys and values that heads share are one target for their group, or one for each head."
