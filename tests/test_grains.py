@@ -507,7 +507,7 @@ def test_parts_that_cannot_be_are_refused() -> None:
         (lambda: edge_graph(model, latents=["code:10"]), "latent 10 of sae/code: expected 0 to 9"),
         (lambda: edge_graph(model, neurons="0", latents=["code"]), "mlp:0 and sae/code both split the MLP of layer 0"),
         (lambda: edge_graph(stream, latents=["code"]), "blocks.0.hook_resid_post, which is not what attention"),
-        (lambda: edge_graph(load_model("shapes"), neurons="0"), "neurons 0: the edges of shapes, a convol"),
+        (lambda: edge_graph(load_model("shapes"), neurons="0"), "neurons 0: the edges of shapes.* between channels"),
         (lambda: StreamGraph(model, neurons="all", limit=100), "more than 100; expected about 1[0-9] neurons"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said) as caught:

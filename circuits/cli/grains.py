@@ -52,7 +52,7 @@ class Grain:
     most_edges: Annotated[int, option(
         "The most edges that the graph may have. Each takes 8 bytes an example, and of channels 32 in a batch; where "
         "there are more than by default, gradient scores are written to files (in the workspace with --save, else "
-        "temporary): 4 bytes of disk an example, and about 100 of memory.",
+        "temporary): 4 bytes of disk an example, and about 110 of memory.",
         check=Within(1, 10**8),
     )] = LIMIT  # fmt: skip
 

@@ -26,8 +26,8 @@ _NUMBERS = 2**23
 _FIXED = 0.6e9
 """What Python, torch and a small model take, in bytes."""
 
-_EACH = 100
-"""How many bytes of memory an edge takes at most, from its ends to the ranking."""
+_EACH = 110
+"""How many bytes of memory an edge takes at most, from its ends to the evaluation."""
 
 Piece = tuple[slice, slice, Tensor]
 """Which examples of a batch, which edges, and their scores."""
