@@ -112,18 +112,27 @@ REST = {name: [i for i in ALL[name] if i not in OWN[name]] for name in ALL}
 def test_faithfulness_both_ways(subject: Subject):
     plain = Plain(subject, subject.test)
     empty, whole = plain.losses(NONE).mean(), plain.losses(None).mean()
-    noised, restored = plain.losses(OWN).mean(), plain.losses(REST, denoise=True).mean()
-    wanted = [(m - empty) / (whole - empty) for m in (noised, restored)]
-    found = [q.value for q in run_test(subject, "faithfulness").quantities]
-    assert found == pytest.approx(wanted, abs=1e-5)
-    assert found[0] < 0.99, "else nothing would be compared"
+    noised = (plain.losses(OWN).mean() - empty) / (whole - empty)
+    [found] = run_test(
+        subject, "faithfulness"
+    ).quantities  # restoring the embedding would restore everything
+    assert found.value == pytest.approx(noised, abs=1e-5)
+    assert found.value < 0.99, "else nothing would be compared"
+    heads = OWN | {"embed.hook_out": []}
+    outside = {name: [i for i in ALL[name] if i not in heads[name]] for name in ALL}
+    losses = plain.losses(heads).mean(), plain.losses(outside, denoise=True).mean()
+    wanted = [(m - empty) / (whole - empty) for m in losses]
+    own = replace(subject, kept=subject.circuit[0].mask(KEPT[:2]))
+    assert [q.value for q in run_test(own, "faithfulness").quantities] == pytest.approx(
+        wanted, abs=1e-5
+    )
 
 
-def test_knockout_and_accuracy(subject: Subject):
+def test_knockout(subject: Subject):
     plain = Plain(subject, subject.test)
     empty, whole = plain.losses(NONE).mean(), plain.losses(None).mean()
-    noised, restored = plain.losses(REST).mean(), plain.losses(OWN, denoise=True).mean()
-    wanted = [(m - empty) / (whole - empty) for m in (noised, restored)]
+    losses = plain.losses(REST).mean(), plain.losses(OWN, denoise=True).mean()
+    wanted = [(m - empty) / (whole - empty) for m in losses]
     assert [q.value for q in run_test(subject, "knockout").quantities] == pytest.approx(
         wanted, abs=1e-5
     )

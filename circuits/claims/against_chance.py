@@ -10,6 +10,7 @@ from circuits.claims.evidence import Ratio, Region, Share
 from circuits.claims.parts import EdgeParts, Mask, drawn_like
 from circuits.claims.settings import ClaimTest, Parameter, Settings
 from circuits.claims.subject import Subject
+from circuits.claims.sufficiency import DIRECTIONS
 from circuits.claims.verdicts import Level, Measured, Quantity, quantity
 from circuits.discovery import greedy, score_edges
 from circuits.discovery.finding import swapped
@@ -50,23 +51,26 @@ def _beaten(worse: np.ndarray, null: np.ndarray, settings: Settings, level: Leve
 
 
 def _different(draw: Callable[[], Mask], kept: Mask, n: int) -> tuple[list[Mask], int]:
-    """Random sets that are not the circuit, and how often it was drawn itself."""
-    drawn, same = list[Mask](), 0
-    for _ in range(n + _TRIES):
+    """Different random sets that are not the circuit, at most n, and how often the circuit itself was drawn."""
+    # The same set twice is one piece of evidence.
+    found, same = dict[bytes, Mask](), 0
+    for _ in range(n * _TRIES):
         one = draw()
         if (one == kept).all():
             same += 1
         else:
-            drawn.append(one)
-        if len(drawn) == n:
+            found.setdefault(np.packbits(one).tobytes(), one)
+        if len(found) == n:
             break
-    return drawn, same
+    return [*found.values()], same
 
 
 def _few(n: int, same: int, wanted: int) -> tuple[str, ...]:
     if n == wanted and not same:
         return ()
-    return (f"{same} of {n + same} random draws were the circuit itself and do not count",)
+    return (
+        f"{n} different random circuits were found; {same} draws were the circuit itself and do not count",
+    )
 
 
 def partial_necessity(subject: Subject, settings: Settings, level: Level) -> Measured:
@@ -111,12 +115,18 @@ def knockout(subject: Subject, settings: Settings, level: Level) -> Measured:
     if why := subject.no_effect(level=level.each):
         return subject.cannot(why)
     _, kept = subject.circuit
+    wanted = settings["directions"]
+    directions = [d for d in subject.directions(~kept) if wanted in ("both", d)]
+    if not directions:
+        return subject.cannot(
+            f"directions {wanted}: there is no run in which restoring all else says something"
+        )
     found = []
-    for direction in subject.directions:
+    for direction in directions:
         values = subject.values([~kept])[0] if direction == "noising" else subject.restored(~kept)
         found.append(quantity(
             f"faithfulness of all else ({direction})", subject.faithfulness(values), Region(high=settings["most"]),
-            level, parts=len(subject.directions),
+            level, parts=len(directions),
         ))  # fmt: skip
     note = (
         "noising shows what the circuit takes away from the clean run; denoising, what all else restores in the "
@@ -174,7 +184,7 @@ TESTS = (
     ClaimTest(
         "knockout", ("necessary",),
         "What is left of the effect with the circuit ablated, and restored by all else.",
-        (Parameter("most", "the largest faithfulness of all else", 0.1, -10, 10),), knockout,
+        (Parameter("most", "the largest faithfulness of all else", 0.1, -10, 10), DIRECTIONS), knockout,
     ),
     ClaimTest(
         "partial-necessity", ("necessary",),

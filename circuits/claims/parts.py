@@ -21,6 +21,7 @@ from circuits.experiments.patched_runs import Direction
 from circuits.experiments.running import MEMORY
 from circuits.localization.subsets import Outside, keep_only, keeping_sites, units_kept
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.progress import Progress
 from circuits.tasks.task import Task
 from circuits.units import Unit
@@ -61,6 +62,10 @@ class Parts(Protocol):
 
     def connected(self, kept: Mask) -> Mask:
         """The parts that can have an effect with all others ablated."""
+        ...
+
+    def restorable(self, kept: Mask) -> bool:
+        """Whether restoring a circuit in the corrupted run says something: not if it holds the model's whole input."""
         ...
 
     def like(self, kept: Mask, rng: np.random.Generator) -> Mask:
@@ -114,6 +119,10 @@ class EdgeParts:
     def connected(self, kept: Mask) -> Mask:
         """See `Parts.connected`."""
         return self.graph.connected(kept)
+
+    def restorable(self, kept: Mask) -> bool:
+        """Always: of an input that is restored only the circuit's own edges carry on."""
+        return True
 
     def like(self, kept: Mask, rng: np.random.Generator) -> Mask:
         """See `Parts.like`."""
@@ -195,6 +204,16 @@ class UnitParts:
     def connected(self, kept: Mask) -> Mask:
         """All: a unit's input and output are never cut off."""
         return kept
+
+    def restorable(self, kept: Mask) -> bool:
+        """See `Parts.restorable`: where the whole embedding is restored, all that is computed from it follows."""
+        first = self.model.embedding.name if isinstance(self.model.input, TokenInput) else ""
+        own = [
+            k
+            for k, number in zip(kept, self._site_of, strict=True)
+            if self.sites[number].name == first
+        ]
+        return not own or not all(own)
 
     def like(self, kept: Mask, rng: np.random.Generator) -> Mask:
         """See `Parts.like`: as many units of each site."""

@@ -101,10 +101,11 @@ class Subject:
             raise ValueError("the test needs a circuit: expected `circuit` in the claim file")
         return self.parts, self.kept
 
-    @property
-    def directions(self) -> tuple[Direction, ...]:
-        """In which runs circuits can be tested under the ablation."""
-        return ("noising", "denoising") if self.ablation in RESTORABLE else ("noising",)
+    def directions(self, circuit: Mask) -> tuple[Direction, ...]:
+        """In which runs a circuit can be tested under the ablation."""
+        parts, _ = self.circuit
+        both = self.ablation in RESTORABLE and parts.restorable(circuit)
+        return ("noising", "denoising") if both else ("noising",)
 
     # --- numbers ---------------------------------------------------------------------------------
 

@@ -24,6 +24,10 @@ FAITHFUL = (
     Parameter("most", "the largest faithfulness", 1.1, -10, 10),
 )
 
+DIRECTIONS = Parameter(
+    "directions", "in which runs", "both", choices=("both", "noising", "denoising"), form="text"
+)
+
 
 def _region(settings: Settings) -> Region:
     return Region(settings["least"], settings["most"])
@@ -38,9 +42,9 @@ def faithfulness(subject: Subject, settings: Settings, level: Level) -> Measured
         return subject.cannot(why)
     _, kept = subject.circuit
     wanted = settings["directions"]
-    directions = [d for d in subject.directions if wanted in ("both", d)]
+    directions = [d for d in subject.directions(kept) if wanted in ("both", d)]
     if not directions:
-        why = f"directions {wanted}: the ablation {subject.ablation} is no run that a circuit could be restored in"
+        why = f"directions {wanted}: there is no run in which restoring this circuit says something"
         return subject.cannot(why)
     found = []
     for direction in directions:
@@ -244,9 +248,7 @@ TESTS = (
         "faithfulness", ("sufficient",),
         "The share of the model's effect that the circuit alone carries, a ratio of means over examples (Marks et al. "
         "2024), in the clean run with all else ablated and in the corrupted run with the circuit restored.",
-        (*FAITHFUL, Parameter(
-            "directions", "in which runs", "both", choices=("both", "noising", "denoising"), form="text"
-        )),
+        (*FAITHFUL, DIRECTIONS),
         faithfulness,
     ),
     ClaimTest(

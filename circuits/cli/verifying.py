@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 from typer import Exit, Typer
 
-from circuits.claims import Report, exit_code, read_claims
+from circuits.claims import exit_code, read_claims
 from circuits.claims import verify as verified
 from circuits.claims.files import is_claim_file
+from circuits.claims.recording import LONG, read_recorded
+from circuits.claims.recording import record as write_record
 from circuits.claims.report import write_report
 from circuits.cli import options
 from circuits.cli.signatures import argument, command, option
@@ -23,6 +26,12 @@ def verify(
     file: Annotated[Path, argument("A claim file, or with --all a folder of them.")],
     output: options.Output,
     every: Annotated[bool, option("Verify all claim files below the folder.", "--all")] = False,
+    quick: Annotated[bool, option(
+        "Do not test claims that took over a minute when they were recorded: say what was recorded then.", "--quick"
+    )] = False,
+    record: Annotated[bool, option(
+        "Record the verdicts next to the claim file (NAME.expected.json), for --quick.", "--record"
+    )] = False,
     report: Annotated[Path | None, option(
         "The folder for report.html and report.json. By default claims/NAME in the workspace."
     )] = None,
@@ -33,28 +42,36 @@ def verify(
     Exit codes: 0 if every verdict is the expected one; 1 if one is the opposite; 3 if one is undecided or could not be
     tested; 4 if the model changed since the claims were written; 2 for bad input.
     """
+    if quick and record:
+        raise ValueError("--quick tests only some claims: it does not go with --record")
     place = Workspace.default(workspace)
-    paths = _below(file) if every else [file]
-    files = {path: read_claims(path) for path in paths}  # all are read before any is tested
-    made: list[Report] = []
-    pages: list[Path] = []
+    # All are read before any is tested.
+    files = {path: read_claims(path) for path in (_below(file) if every else [file])}
+    known = {path: read_recorded(path, claims) for path, claims in files.items()} if quick else {}
+    facts, shown, verdicts = [], [], []
     for path, claims in files.items():
+        recorded = known.get(path)
+        if recorded is not None and recorded.seconds > LONG:
+            facts.append({"file": str(path), "recorded": recorded.to_dict()})
+            shown.append(recorded.table(claims))
+            verdicts += [(recorded.verdicts[c.name], c.expect) for c in claims.claims]
+            continue
+        begun = time.monotonic()
         with output.stages() as stage:
-            made.append(verified(claims, place, folder=path.parent, stage=stage))
-        folder = report or place.root / "claims"
-        pages.append(
-            write_report(
-                made[-1], folder / _folder(claims.name) if every or report is None else folder
-            )
+            made = verified(claims, place, folder=path.parent, stage=stage)
+        if record:
+            write_record(path, made, time.monotonic() - begun)
+        folder = (
+            report
+            if report is not None and not every
+            else (report or place.root / "claims") / _folder(claims.name)
         )
-    shown = [part for one in made for part in one.tables()]
-    output.show(made if every else made[0], [*shown, *(f"report: {page}" for page in pages)])
-    raise Exit(max_code(made))
-
-
-def max_code(reports: list[Report]) -> int:
-    """The exit code of several reports together."""
-    return exit_code([(j.verdict, j.claim.expect) for r in reports for j in r.judged])
+        page = write_report(made, folder)
+        facts.append(made)
+        shown += [*made.tables(), f"report: {page}"]
+        verdicts += [(j.verdict, j.claim.expect) for j in made.judged]
+    output.show(facts if every else facts[0], shown)
+    raise Exit(exit_code(verdicts))
 
 
 def _folder(name: str) -> str:
