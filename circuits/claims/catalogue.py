@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from circuits.claims import against_chance, specificity, structure, sufficiency
-from circuits.claims.abstraction import interchange
+from circuits.claims.abstraction import alignment, interchange
 from circuits.claims.settings import ClaimTest
 
 TESTS: Mapping[str, ClaimTest] = {
     test.name: test
-    for module in (sufficiency, against_chance, structure, specificity, interchange)
+    for module in (sufficiency, against_chance, structure, specificity, interchange, alignment)
     for test in module.TESTS
 }
 """Every test, by name."""
