@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from circuits.claims import against_chance, specificity, structure, sufficiency
-from circuits.claims.abstraction import alignment, interchange
+from circuits.claims.abstraction import alignment, interchange, specification
 from circuits.claims.settings import ClaimTest
 
-TESTS: Mapping[str, ClaimTest] = {
-    test.name: test
-    for module in (sufficiency, against_chance, structure, specificity, interchange, alignment)
-    for test in module.TESTS
-}
+_MODULES = (
+    sufficiency, against_chance, structure, specificity, interchange, alignment, specification,
+)  # fmt: skip
+
+TESTS: Mapping[str, ClaimTest] = {test.name: test for module in _MODULES for test in module.TESTS}
 """Every test, by name."""
 
 KINDS: Mapping[str, tuple[str, ...]] = {
