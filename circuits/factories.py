@@ -7,7 +7,9 @@ import importlib.util
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from circuits.environment import TRUST_PYTHON
 from circuits.errors import their_code
@@ -53,6 +55,23 @@ def call_factory(what: str, name: str) -> object:
         KeyError: if it has no such function.
         ValueError: if `name` is not of that form, or the function raises.
     """
+    factory = named_function(what, name)
+    with their_code(f"{what} 'python:{name}': {split_key(name)[1]}()"):
+        return factory()
+
+
+def named_function(what: str, name: str) -> Callable[..., Any]:
+    """The function or class `MODULE:NAME` (or `FILE.py:NAME`); it runs the code of the module.
+
+    Args:
+        what: what it makes or is, for messages.
+        name: where it is.
+
+    Raises:
+        ImportError: if the module cannot be imported.
+        KeyError: if it has no such function.
+        ValueError: if `name` is not of that form.
+    """
     module_name, factory_name = split_key(name)
     if not factory_name:
         raise ValueError(
@@ -68,8 +87,7 @@ def call_factory(what: str, name: str) -> object:
             n for n, v in vars(namespace).items() if inspect.isroutine(v) or inspect.isclass(v)
         ]
         raise unknown(f"factory of {module_name}", factory_name, functions)
-    with their_code(f"{what} 'python:{name}': {factory_name}()"):
-        return factory()
+    return factory
 
 
 def _import(name: str) -> object:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from circuits.claims import against_chance, roles, specificity, structure, sufficiency, unit_tests
+from circuits.claims.abstraction import alignment, interchange, specification
 from circuits.claims.settings import ClaimTest
 
-TESTS: Mapping[str, ClaimTest] = {
-    test.name: test
-    for module in (sufficiency, against_chance, structure, specificity, roles, unit_tests)
-    for test in module.TESTS
-}
+_MODULES = (
+    sufficiency, against_chance, structure, specificity, roles, unit_tests, interchange, alignment, specification,
+)  # fmt: skip
+
+TESTS: Mapping[str, ClaimTest] = {test.name: test for module in _MODULES for test in module.TESTS}
 """Every test, by name."""
 
 KINDS: Mapping[str, tuple[str, ...]] = {

@@ -111,14 +111,14 @@ def quantity(
         level: of the file.
         parts: how many quantities its test has: any of them may refute the claim, so that this is corrected for them;
             that all hold needs no correction.
-        **more: unit, null, null_is.
+        **more: unit, null, null_is; n and exact of what was enumerated.
     """
     n, clusters = evidence.size
     low, high = evidence.interval(level.each)
     holds, refuted = p_inside(evidence, region), p_outside(evidence, region)
+    facts = {"n": n, "clusters": clusters, "exact": not n, **more}
     return Quantity(
-        name, float(evidence.value), low, high, region, level.corrected(holds), level.corrected(refuted * parts), n=n,
-        clusters=clusters, exact=not n, **more,
+        name, float(evidence.value), low, high, region, level.corrected(holds), level.corrected(refuted * parts), **facts
     )  # fmt: skip
 
 
