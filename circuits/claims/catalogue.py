@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from circuits.claims import against_chance, roles, specificity, structure, sufficiency, unit_tests
+from circuits.claims import (
+    against_chance,
+    frequencies,
+    roles,
+    specificity,
+    structure,
+    sufficiency,
+    unit_tests,
+)
 from circuits.claims.abstraction import alignment, interchange, specification
 from circuits.claims.settings import ClaimTest
 
 _MODULES = (
-    sufficiency, against_chance, structure, specificity, roles, unit_tests, interchange, alignment, specification,
+    sufficiency, against_chance, structure, specificity, roles, unit_tests, frequencies, interchange, alignment,
+    specification,
 )  # fmt: skip
 
 TESTS: Mapping[str, ClaimTest] = {test.name: test for module in _MODULES for test in module.TESTS}

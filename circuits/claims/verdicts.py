@@ -118,7 +118,8 @@ def quantity(
     holds, refuted = p_inside(evidence, region), p_outside(evidence, region)
     facts = {"n": n, "clusters": clusters, "exact": not n, **more}
     return Quantity(
-        name, float(evidence.value), low, high, region, level.corrected(holds), level.corrected(refuted * parts), **facts
+        name, float(evidence.value), low, high, region, level.corrected(holds), level.corrected(refuted * parts),
+        **facts,
     )  # fmt: skip
 
 

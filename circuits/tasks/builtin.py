@@ -37,6 +37,7 @@ DEFAULTS: Mapping[str, str] = {
     "induction": "repeats",
     "induction-by-hand": "repeats",
     "induction-infinite": "repeats",
+    "addition": "addition",
     "addition-by-hand": "addition",
     "modular-addition": "addition",
     "stories260k": "pronouns",

@@ -516,6 +516,7 @@ MODELS: dict[str, ModelEntry] = {
         ModelEntry("cleanroom", "a curve detector written by hand, from Gabor filters to circles", _cleanroom),
         ModelEntry("shapes", "small inception-style CNN trained on drawings", _shapes),
         ModelEntry("induction", "2-layer attention-only transformer that copies", _induction),
+        ModelEntry("addition", "1-layer transformer that learned addition mod 113", _addition),
         ModelEntry("induction-by-hand", "the same algorithm with weights written by hand", _induction_by_hand),
         ModelEntry("addition-by-hand", "addition mod 113 with five frequencies, written by hand", _addition_by_hand),
         ModelEntry("googlenet", "GoogLeNet (BVLC), ImageNet; needs its weights file", _googlenet),
