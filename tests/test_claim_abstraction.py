@@ -72,7 +72,7 @@ def test_induction_counts_what_followed():
     # 1 is followed by 2, 3 and 3; with the tokens before of another text, by what stands where 1 was before there.
     assert algorithm.answer([1, 2, 1, 3, 1, 3, 1]) == 3
     assert algorithm.answer([1, 2, 1, 3, 1, 3, 1], given={"previous": (0, 1, 0, 0, 0, 0, 0)}) == 2
-    assert algorithm.variables([5, 6, 5])["copied"] == {5: 1, 6: 1}
+    assert algorithm.variables([5, 6, 5])["copied"] == {5: 0.5, 6: 0.5}
 
 
 def test_what_a_function_does_wrong_is_one_line():

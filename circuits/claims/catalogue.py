@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from circuits.claims import against_chance, specificity, structure, sufficiency
-from circuits.claims.abstraction import alignment, interchange, specification
+from circuits.claims.abstraction import alignment, interchange, scrubbing, specification
 from circuits.claims.settings import ClaimTest
 
 _MODULES = (
-    sufficiency, against_chance, structure, specificity, interchange, alignment, specification,
+    sufficiency, against_chance, structure, specificity, interchange, alignment, scrubbing, specification,
 )  # fmt: skip
 
 TESTS: Mapping[str, ClaimTest] = {test.name: test for module in _MODULES for test in module.TESTS}
