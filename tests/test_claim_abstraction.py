@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits.claims import TESTS, TaskSpec
+from circuits.claims import TESTS, TaskSpec, read_claims, verify
 from circuits.claims.abstraction.algorithms import (
     ALGORITHMS,
     Algorithm,
@@ -23,11 +23,13 @@ from circuits.claims.abstraction.algorithms import (
 from circuits.claims.abstraction.interchange import Interchange, exchanged
 from circuits.claims.abstraction.pairs import Deck, Pair, asked
 from circuits.claims.abstraction.places import Intervention, Mixing, Place
+from circuits.claims.report import page
 from circuits.claims.subject import Subject, load_claims_task
 from circuits.claims.verdicts import Level, Measured
 from circuits.cleanroom.addition import FREQUENCIES
 from circuits.environment import TRUST_PYTHON
 from circuits.models.zoo.loading import load_model
+from circuits.workspace import Workspace
 
 P = 113
 SUMS = [
@@ -315,3 +317,44 @@ def test_too_few_pairs_are_not_tested(addition: Subject):
 def test_what_does_not_fit_is_refused(addition: Subject, given: dict[str, Any], said: str):
     with pytest.raises((KeyError, ValueError), match=re.escape(said)):
         measured(addition, "interchange", algorithm="addition", **given)
+
+
+def test_the_class_of_an_image_is_a_variable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(TRUST_PYTHON, "1")
+    (tmp_path / "image.py").write_text("def f(inputs, let):\n    return let('class', inputs)\n")
+    shapes = replace(subject_of("shapes", 60), folder=tmp_path)
+    made = measured(
+        shapes, "interchange", algorithm="image.py:f", variables=["class @ avgpool"], least=0.5
+    )
+    # All later layers read the place, so that the model is as right about the source as it is about the source alone.
+    deck, found = Deck(shapes.test), made.quantities[0]
+    pairs = [p for p in deck.deal(0) if deck.inputs(p.base) != deck.inputs(p.source)]
+    images = torch.stack([shapes.test.examples.batch([p.source.index]).inputs[0] for p in pairs])
+    first = shapes.model.run(images).output.argmax(1).tolist()
+    assert found.n == len(pairs)
+    right = [f == deck.inputs(p.source) for f, p in zip(first, pairs, strict=True)]
+    assert abs(np.mean(right) - found.value) < 1e-6
+    with pytest.raises(ValueError, match="has no positions of a text"):
+        measured(shapes, "interchange", algorithm="image.py:f", variables=["class @ avgpool @ 0"])
+
+
+def test_a_file_of_such_claims_is_verified(addition: Subject, tmp_path: Path):
+    (tmp_path / "claims.yaml").write_text(
+        f"""
+circuits_claims: 1
+name: addition
+model: addition-by-hand
+model_hash: {addition.model.hash}
+task: {{examples: 160}}
+claims:
+  - claim: algorithm
+    test: interchange
+    with: {{algorithm: addition, variables: [sum @ blocks.0.hook_mlp_out @ -1], least: 0.8}}
+  - {{claim: algorithm, test: specification, with: {{algorithm: addition, tokens: ["1-3", "0-112", "113"]}}}}
+"""
+    )
+    file = read_claims(tmp_path / "claims.yaml")
+    report = verify(file, Workspace(tmp_path / "place"), folder=tmp_path, model=addition.model)
+    assert [j.verdict for j in report.judged] == ["holds", "holds"]
+    assert report.exit_code == 0
+    assert "proved on all 339 inputs, not sampled" in page(report)
