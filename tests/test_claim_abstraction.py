@@ -157,9 +157,12 @@ def test_along_a_basis_only_its_part_is_taken_over(addition: Subject):
     value, other = torch.randn(2, 3, 43), torch.randn(2, 3, 43)
     basis = torch.tensor([[0.6], [0.8]])
     mixing = Mixing(site, torch.tensor([4, 7]), basis)
-    made = mixing.mixed(value, other, torch.tensor([[1], [2]]), torch.tensor([[0], [0]]))
+    made = mixing.mixed(
+        value, other, torch.tensor([[0, 1], [1, 2], [1, 1]]), torch.tensor([[0, 0], [1, 0], [1, 2]])
+    )
     expected = value.clone()
-    for row, (at, source) in enumerate(((1, 0), (2, 0))):
+    # Rows may have different numbers of positions, as spans do.
+    for row, at, source in ((0, 1, 0), (1, 2, 0), (1, 1, 2)):
         step = 0.6 * (other[row, source, 4] - value[row, at, 4]) + 0.8 * (
             other[row, source, 7] - value[row, at, 7]
         )
