@@ -299,6 +299,27 @@ def induction() -> Subject:
     return subject_of("induction-by-hand", 80)
 
 
+def test_a_span_of_embeddings_is_that_span_of_tokens(induction: Subject):
+    """Interchange of embeddings is a run on the base with the source's tokens in the span."""
+    test = induction.test
+    spans = [{"words": (1 + i % 3, 3 + i % 3 + (i // 3) % 2)} for i in range(len(test))]
+    questions = tuple(replace(q, spans=own) for q, own in zip(test.questions, spans, strict=True))
+    deck = Deck(replace(test, questions=questions))
+    intervention = Intervention.parse("previous @ hook_embed @ words")
+    made = asked(deck, load_algorithm("induction"), intervention, deck.deal(0))
+    sizes = [spans[p.base.index]["words"][1] - spans[p.base.index]["words"][0] for p in made.pairs]
+    assert set(sizes) == {2, 3}
+    answers = []
+    for pair in made.pairs:
+        tokens, source = (list(deck.inputs(e)) for e in (pair.base, pair.source))  # type: ignore[arg-type]
+        own, theirs = (slice(*spans[e.index]["words"]) for e in (pair.base, pair.source))
+        tokens[own] = source[theirs]
+        answers.append(int(induction.model.run(torch.tensor([tokens])).output[0, -1].argmax()))
+    found = Interchange(deck, tuple(intervention.places.values())).outcomes(made.pairs, answers)
+    assert found.min() > 0  # 1, or 1/n where n first choices are tied
+    assert (found == 1).mean() > 0.7
+
+
 def test_too_few_pairs_are_not_tested(addition: Subject):
     few = replace(addition, task=addition.task.subset(range(6)))
     made = measured(
