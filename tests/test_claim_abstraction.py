@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits.claims import TESTS, TaskSpec
+from circuits.claims import TESTS, TaskSpec, read_claims, verify
 from circuits.claims.abstraction.algorithms import (
     ALGORITHMS,
     Algorithm,
@@ -23,11 +23,13 @@ from circuits.claims.abstraction.algorithms import (
 from circuits.claims.abstraction.interchange import Interchange, exchanged
 from circuits.claims.abstraction.pairs import Deck, Pair, asked
 from circuits.claims.abstraction.places import Intervention, Mixing, Place
+from circuits.claims.report import page
 from circuits.claims.subject import Subject, load_claims_task
 from circuits.claims.verdicts import Level, Measured
 from circuits.cleanroom.addition import FREQUENCIES
 from circuits.environment import TRUST_PYTHON
 from circuits.models.zoo.loading import load_model
+from circuits.workspace import Workspace
 
 P = 113
 SUMS = [
@@ -72,7 +74,7 @@ def test_induction_counts_what_followed():
     # 1 is followed by 2, 3 and 3; with the tokens before of another text, by what stands where 1 was before there.
     assert algorithm.answer([1, 2, 1, 3, 1, 3, 1]) == 3
     assert algorithm.answer([1, 2, 1, 3, 1, 3, 1], given={"previous": (0, 1, 0, 0, 0, 0, 0)}) == 2
-    assert algorithm.variables([5, 6, 5])["copied"] == {5: 1, 6: 1}
+    assert algorithm.variables([5, 6, 5])["copied"] == {5: 0.5, 6: 0.5}
 
 
 def test_what_a_function_does_wrong_is_one_line():
@@ -155,9 +157,12 @@ def test_along_a_basis_only_its_part_is_taken_over(addition: Subject):
     value, other = torch.randn(2, 3, 43), torch.randn(2, 3, 43)
     basis = torch.tensor([[0.6], [0.8]])
     mixing = Mixing(site, torch.tensor([4, 7]), basis)
-    made = mixing.mixed(value, other, torch.tensor([[1], [2]]), torch.tensor([[0], [0]]))
+    made = mixing.mixed(
+        value, other, torch.tensor([[0, 1], [1, 2], [1, 1]]), torch.tensor([[0, 0], [1, 0], [1, 2]])
+    )
     expected = value.clone()
-    for row, (at, source) in enumerate(((1, 0), (2, 0))):
+    # Rows may have different numbers of positions, as spans do.
+    for row, at, source in ((0, 1, 0), (1, 2, 0), (1, 1, 2)):
         step = 0.6 * (other[row, source, 4] - value[row, at, 4]) + 0.8 * (
             other[row, source, 7] - value[row, at, 7]
         )
@@ -294,6 +299,27 @@ def induction() -> Subject:
     return subject_of("induction-by-hand", 80)
 
 
+def test_a_span_of_embeddings_is_that_span_of_tokens(induction: Subject):
+    """Interchange of embeddings is a run on the base with the source's tokens in the span."""
+    test = induction.test
+    spans = [{"words": (1 + i % 3, 3 + i % 3 + (i // 3) % 2)} for i in range(len(test))]
+    questions = tuple(replace(q, spans=own) for q, own in zip(test.questions, spans, strict=True))
+    deck = Deck(replace(test, questions=questions))
+    intervention = Intervention.parse("previous @ hook_embed @ words")
+    made = asked(deck, load_algorithm("induction"), intervention, deck.deal(0))
+    sizes = [spans[p.base.index]["words"][1] - spans[p.base.index]["words"][0] for p in made.pairs]
+    assert set(sizes) == {2, 3}
+    answers = []
+    for pair in made.pairs:
+        tokens, source = (list(deck.inputs(e)) for e in (pair.base, pair.source))  # type: ignore[arg-type]
+        own, theirs = (slice(*spans[e.index]["words"]) for e in (pair.base, pair.source))
+        tokens[own] = source[theirs]
+        answers.append(int(induction.model.run(torch.tensor([tokens])).output[0, -1].argmax()))
+    found = Interchange(deck, tuple(intervention.places.values())).outcomes(made.pairs, answers)
+    assert found.min() > 0  # 1, or 1/n where n first choices are tied
+    assert (found == 1).mean() > 0.7
+
+
 def test_too_few_pairs_are_not_tested(addition: Subject):
     few = replace(addition, task=addition.task.subset(range(6)))
     made = measured(
@@ -315,3 +341,44 @@ def test_too_few_pairs_are_not_tested(addition: Subject):
 def test_what_does_not_fit_is_refused(addition: Subject, given: dict[str, Any], said: str):
     with pytest.raises((KeyError, ValueError), match=re.escape(said)):
         measured(addition, "interchange", algorithm="addition", **given)
+
+
+def test_the_class_of_an_image_is_a_variable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(TRUST_PYTHON, "1")
+    (tmp_path / "image.py").write_text("def f(inputs, let):\n    return let('class', inputs)\n")
+    shapes = replace(subject_of("shapes", 60), folder=tmp_path)
+    made = measured(
+        shapes, "interchange", algorithm="image.py:f", variables=["class @ avgpool"], least=0.5
+    )
+    # All later layers read the place, so that the model is as right about the source as it is about the source alone.
+    deck, found = Deck(shapes.test), made.quantities[0]
+    pairs = [p for p in deck.deal(0) if deck.inputs(p.base) != deck.inputs(p.source)]
+    images = torch.stack([shapes.test.examples.batch([p.source.index]).inputs[0] for p in pairs])
+    first = shapes.model.run(images).output.argmax(1).tolist()
+    assert found.n == len(pairs)
+    right = [f == deck.inputs(p.source) for f, p in zip(first, pairs, strict=True)]
+    assert abs(np.mean(right) - found.value) < 1e-6
+    with pytest.raises(ValueError, match="has no positions of a text"):
+        measured(shapes, "interchange", algorithm="image.py:f", variables=["class @ avgpool @ 0"])
+
+
+def test_a_file_of_such_claims_is_verified(addition: Subject, tmp_path: Path):
+    (tmp_path / "claims.yaml").write_text(
+        f"""
+circuits_claims: 1
+name: addition
+model: addition-by-hand
+model_hash: {addition.model.hash}
+task: {{examples: 160}}
+claims:
+  - claim: algorithm
+    test: interchange
+    with: {{algorithm: addition, variables: [sum @ blocks.0.hook_mlp_out @ -1], least: 0.8}}
+  - {{claim: algorithm, test: specification, with: {{algorithm: addition, tokens: ["1-3", "0-112", "113"]}}}}
+"""
+    )
+    file = read_claims(tmp_path / "claims.yaml")
+    report = verify(file, Workspace(tmp_path / "place"), folder=tmp_path, model=addition.model)
+    assert [j.verdict for j in report.judged] == ["holds", "holds"]
+    assert report.exit_code == 0
+    assert "proved on all 339 inputs, not sampled" in page(report)

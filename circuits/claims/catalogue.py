@@ -13,12 +13,12 @@ from circuits.claims import (
     sufficiency,
     unit_tests,
 )
-from circuits.claims.abstraction import alignment, interchange, specification
+from circuits.claims.abstraction import alignment, interchange, scrubbing, specification
 from circuits.claims.settings import ClaimTest
 
 _MODULES = (
     sufficiency, against_chance, structure, specificity, roles, unit_tests, frequencies, interchange, alignment,
-    specification,
+    scrubbing, specification,
 )  # fmt: skip
 
 TESTS: Mapping[str, ClaimTest] = {test.name: test for module in _MODULES for test in module.TESTS}

@@ -16,6 +16,7 @@ from circuits.claims.settings import Settings
 from circuits.claims.subject import Subject
 from circuits.claims.verdicts import Verdict
 from circuits.database import Database
+from circuits.hdf5 import file_hash
 
 KIND = "claim"
 
@@ -62,13 +63,20 @@ def terms_of(file: ClaimFile, claim: Claim, subject: Subject) -> tuple[str, dict
     about = {
         "model": subject.model.hash, "task": subject.task.hash, "task_seed": subject.task.seed, "circuit": parts,
         "ablation": subject.ablation, "shift": file.shift, "claim": claim.kind, "test": claim.test,
-        "statement": claim.statement,
+        "statement": claim.statement, "files": _files(claim, subject),
     }  # fmt: skip
     terms = {
         "settings": _plain(claim.settings), "seed": file.seed, "alpha": file.alpha, "tests": len(file.claims),
         "expect": claim.expect,
     }  # fmt: skip
     return digest(about), terms
+
+
+def _files(claim: Claim, subject: Subject) -> dict[str, str]:
+    """The hashes of files of code that a claim names: an algorithm that was edited is another claim."""
+    named = {text.partition(":")[0] for text in claim.settings.values() if isinstance(text, str)}
+    paths = {name: subject.folder / name for name in named if name.endswith(".py")}
+    return {name: file_hash(path) for name, path in sorted(paths.items()) if path.is_file()}
 
 
 def _names(subject: Subject) -> list[str]:

@@ -21,6 +21,7 @@ from circuits.discovery.formats import read_edges
 from circuits.discovery.found import check_not_found_on, graph_of
 from circuits.experiments.patched_runs import Direction
 from circuits.experiments.statistics import LEVEL
+from circuits.factories import from_file
 from circuits.graph.circuit import CircuitGraph
 from circuits.graph.saved import load_circuit
 from circuits.models.adapter.hooked_model import HookedModel
@@ -199,8 +200,13 @@ def load_claims_task(model: HookedModel, spec: TaskSpec) -> Task:
     Raises:
         KeyError, FileNotFoundError, ValueError: as `load_task`.
     """
+    data = (
+        from_file("data", spec.data, "claim file", "take data that is none of your own code")
+        if spec.data
+        else ""
+    )
     return load_task(
-        model, spec.spec, n=spec.examples, seed=spec.seed, metric=spec.metric, data=spec.data
+        model, spec.spec, n=spec.examples, seed=spec.seed, metric=spec.metric, data=data
     )
 
 

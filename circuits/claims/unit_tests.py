@@ -19,6 +19,7 @@ from circuits.claims.subject import Subject
 from circuits.claims.verdicts import Level, Measured, quantity
 from circuits.examples import Examples
 from circuits.experiments.ablation import ablate
+from circuits.factories import from_file
 from circuits.families import measure_family
 from circuits.models.adapter.inputs import ImageInput
 from circuits.stimuli.labels import read_labels
@@ -121,7 +122,9 @@ def _shown(
 ) -> tuple[Examples, Float[np.ndarray, " example"], Bool[np.ndarray, " example"]]:
     """Examples of a dataset, the unit's largest answer to each, and which are of the named classes."""
     model = subject.model
-    source = open_source(settings["data"])
+    source = open_source(
+        from_file("data", settings["data"], "claim file", "take data that is none of your own code")
+    )
     file = settings["labels"]
     labels = read_labels(source, model.classes, None if file == "names" else subject.folder / file)
     examples = Examples(model, source, settings["limit"], seed=subject.seed, labels=labels)

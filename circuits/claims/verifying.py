@@ -15,6 +15,7 @@ from circuits.claims.files import to_yaml
 from circuits.claims.registration import Registration, conclude, earlier_runs, register
 from circuits.claims.subject import Subject, about, load_claims_task, subject_of
 from circuits.claims.verdicts import Level, Measured, Verdict, exit_code
+from circuits.factories import from_file
 from circuits.files import Keep, finite, keeping, make_now
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
@@ -170,7 +171,11 @@ def verify(
             is registered then.
         OSError: if the workspace cannot be written.
     """
-    model = model or load_model(file.model, Path(folder) / file.weights if file.weights else None)
+    if model is None:
+        spec = from_file(
+            "model", file.model, f"claim file {file.name!r}", "load it and give it to verify"
+        )
+        model = load_model(spec, Path(folder) / file.weights if file.weights else None)
     if not model.has_hash(file.model_hash):
         why = f"the model's hash is {model.hash[:16]} now, the claims are about {file.model_hash[:16]}"
         stale = tuple(Judged(c, "stale", why, Measured(())) for c in file.claims)

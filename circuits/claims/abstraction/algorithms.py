@@ -184,12 +184,13 @@ def _doubled(first: float, second: float) -> tuple[float, float]:
 def induction(inputs: Sequence[int], let: Let) -> int:
     """What most often came after the last token before; of all tokens the most frequent one if nothing did.
 
-    Variables: `previous`, the token before each position (before the first, itself), and `copied`, how often each token
-    stands where the previous one is the last token.
+    Variables: `previous`, the token before each position (before the first, itself), and `copied`, the share that each
+    token has of the positions where the previous one is the last token.
     """
     previous = let("previous", (inputs[0], *inputs[:-1]))
     found = [token for token, before in zip(inputs, previous, strict=True) if before == inputs[-1]]
-    copied = let("copied", dict(Counter(found or inputs)))
+    counts = sorted(Counter(found or inputs).items())
+    copied = let("copied", {token: n / len(found or inputs) for token, n in counts})
     return max(copied, key=copied.__getitem__)
 
 

@@ -99,16 +99,16 @@ class Interchange:
     def _positions(
         self, place: Place, pairs: Sequence[Pair], batch: TaskBatch, side: str
     ) -> Tensor | None:
-        """A place's positions in each row of a batch, where texts may be padded."""
+        """Each row of a batch with each of the place's positions there, where texts may be padded."""
         if place.position is None:
             return None
-        rows = [self.deck.positions(place, getattr(pairs[i], side)) for i in batch.which]
-        first = (
-            torch.zeros(len(rows), dtype=torch.int64)
-            if batch.mask is None
-            else batch.mask.int().argmax(1)
-        )
-        return torch.tensor(rows) + first.cpu()[:, None]
+        n = len(batch.which)
+        first = [0] * n if batch.mask is None else batch.mask.int().argmax(1).tolist()
+        found = []
+        for row, i in enumerate(batch.which):
+            positions = self.deck.positions(place, getattr(pairs[i], side)) or ()
+            found += [(row, first[row] + position) for position in positions]
+        return torch.tensor(found)
 
     def fits(self, pair: Pair) -> bool:
         """Whether the places have as many positions in the source as in the base."""

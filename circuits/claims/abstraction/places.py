@@ -173,16 +173,16 @@ class Mixing:
         self,
         value: Float[Tensor, "batch *rest"],
         other: Float[Tensor, "batch *rest"],
-        at: Int[Tensor, "batch position"] | None = None,
-        source: Int[Tensor, "batch position"] | None = None,
+        at: Int[Tensor, "place 2"] | None = None,
+        source: Int[Tensor, "place 2"] | None = None,
     ) -> Float[Tensor, "batch *rest"]:
         """The site's tensor with the place from another run: h + B B' (h' - h).
 
         Args:
             value: in the run that is changed.
             other: in the other run.
-            at: positions in each row; all if None.
-            source: the positions of the other run that belong to them.
+            at: rows of the batch with a position each, in any number; all positions of all rows if None.
+            source: the rows and positions of the other run that belong to them.
         """
         rows, theirs = self.site.rows(value), self.site.rows(other)
         made = rows.clone()
@@ -191,10 +191,10 @@ class Mixing:
                 rows[..., self.columns], theirs[..., self.columns]
             )
             return self.site.from_rows(made)
-        each = torch.arange(len(rows))[:, None]
-        own = rows[each, at][..., self.columns]
-        given = self._taken(own, theirs[each, source][..., self.columns])
-        made[each[..., None], at[..., None], self.columns] = given
+        row, position = at.T
+        own = rows[row, position][:, self.columns]
+        given = self._taken(own, theirs[tuple(source.T)][:, self.columns])
+        made[row[:, None], position[:, None], self.columns] = given
         return self.site.from_rows(made)
 
     def _taken(self, own: Tensor, other: Tensor) -> Tensor:
