@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from circuits.claims.evidence import Mean, Region, Share
+from circuits.claims.evidence import Known, Mean, Region, Share
 from circuits.claims.settings import ClaimTest, Parameter, Settings
 from circuits.claims.subject import Subject
 from circuits.claims.verdicts import Level, Measured, quantity
@@ -79,16 +79,19 @@ def invariant(subject: Subject, settings: Settings, level: Level) -> Measured:
     if why := _of_images(subject):
         return subject.cannot(why)
     tunings = radial_tuning(subject.model, [settings["unit"]], step=_STEP, seed=subject.seed)
-    made = partial(quantity, level=level, parts=len(settings["aspects"]))
+    made = partial(quantity, level=level, parts=len(settings["aspects"]), exact=True)
     found = [
         made(
-            f"answer over its largest, as {one.aspect} changes",
-            Mean(one.responses / max(one.responses.max(), 1e-12), range(len(one.responses))),
-            Region(low=settings["least"]),
+            f"smallest answer over the largest, as {one.aspect} changes", Known(one.kept),
+            Region(low=settings["least"]), n=len(one.values),
         )
         for one in invariance(subject.model, tunings, settings["aspects"])
     ]  # fmt: skip
-    return Measured(tuple(found), "drawn curves of the preferred angle and radius", subject.seed)
+    return Measured(
+        tuple(found),
+        "drawn curves of the preferred angle and radius, all values of each aspect",
+        subject.seed,
+    )
 
 
 def family(subject: Subject, settings: Settings, level: Level) -> Measured:
@@ -231,7 +234,7 @@ TESTS = (
         (
             _UNIT,
             Parameter("aspects", "what changes", ("contrast", "thickness"), choices=ASPECTS, form="texts"),
-            Parameter("least", "the least mean answer, as a share of the largest", 0.5, 0, 1),
+            Parameter("least", "the smallest answer, as a share of the largest", 0.5, 0, 1),
         ), invariant, circuit=False,
     ),
     ClaimTest(
