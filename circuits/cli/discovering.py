@@ -24,12 +24,12 @@ from circuits.discovery.finding import CheckOn, usual_size
 from circuits.discovery.finding import discover as found_circuit
 from circuits.discovery.formats import SUFFIXES, check_writable, read_edges, write_edges
 from circuits.discovery.found import check_not_found_on, edges_of, graph_of, parts_in, parts_of
-from circuits.discovery.graphs import LIMIT, Edge, EdgeGraph
+from circuits.discovery.graphs import LIMIT, Edge, EdgeGraph, Mask
 from circuits.discovery.pairs import LARGEST
 from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
-from circuits.discovery.searching import Mask, Search, check_size
+from circuits.discovery.searching import Search, check_size
 from circuits.discovery.searching import top as strongest_edges
 from circuits.discovery.series import compare_models
 from circuits.discovery.shuffled import BesideShuffled

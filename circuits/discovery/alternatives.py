@@ -17,10 +17,10 @@ from jaxtyping import Float
 
 from circuits.discovery.comparing import chance_jaccard, jaccard, shared
 from circuits.discovery.evaluating import faithfulness_of
-from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.graphs import Edge, EdgeGraph, Mask
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.runs import Runs
-from circuits.discovery.searching import Mask, values_of
+from circuits.discovery.searching import values_of
 from circuits.discovery.stability import Choose
 from circuits.experiments.statistics import Interval
 from circuits.files import finite

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from circuits.discovery.comparing import chance_jaccard, shared
-from circuits.discovery.results import EdgeScores, ranked
+from circuits.discovery.graphs import mask_of
+from circuits.discovery.results import EdgeScores
 from circuits.experiments.statistics import Interval, ends, totals
 from circuits.files import finite
 from circuits.tables import Table, between
@@ -158,11 +159,7 @@ def contrast(
     edges = _changes([" -> ".join(e) for e in first.edges], one, other, paired, seed)
     by_part = [_Side(side.sums @ member.T, side.effect) for side in (one, other)]
     parts = _changes([*known], by_part[0], by_part[1], paired, seed)
-    strongest = []
-    for scores in (first, second):
-        mask = np.zeros(len(scores.edges), bool)
-        mask[ranked(scores.worth())[:size]] = True
-        strongest.append(mask)
+    strongest = [mask_of(len(sources), s.order(n=size)) for s in (first, second)]
     return Contrast(
         names[0], names[1], paired, rank_correlation(first.mean, second.mean),
         (shared(*strongest), chance_jaccard(size, size, len(sources))), size, edges, parts, seed,

@@ -16,15 +16,15 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from circuits.discovery.comparing import shared
-from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.graphs import Edge, EdgeGraph, Mask
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.optimal import learn_constants
 from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
-from circuits.discovery.searching import Masks, values_of
+from circuits.discovery.searching import Masks, first_connected, values_of
 from circuits.examples import BATCH
 from circuits.experiments import N_RANDOM
 from circuits.experiments.outcomes import Record
@@ -34,8 +34,6 @@ from circuits.files import Keep, finite, make_now
 from circuits.progress import Progress
 from circuits.tables import Table, between, spread
 from circuits.tasks.task import Task
-
-Mask = Bool[np.ndarray, " edge"]
 
 FAITHFUL = 0.9
 """The faithfulness at which a circuit counts as enough."""
@@ -399,12 +397,7 @@ def _likeness(graph: EdgeGraph, kept: Mask, randoms: Sequence[Mask]) -> tuple[in
 
 def _firsts(graph: EdgeGraph, order: np.ndarray, sizes: Sequence[int]) -> Masks:
     """The circuits of the first edges of a ranking, without those that lie on no path."""
-    found = Masks(len(graph))
-    for size in sizes:
-        kept = np.zeros(len(graph), bool)
-        kept[order[:size]] = True
-        found.append(graph.connected(kept))
-    return found
+    return Masks(len(graph), (first_connected(graph, order, size) for size in sizes))
 
 
 def _curves(

@@ -13,9 +13,9 @@ from jaxtyping import Float
 
 from circuits.discovery.agreement import Checked, check_scores
 from circuits.discovery.alternatives import Alternatives, find_alternatives
-from circuits.discovery.evaluating import Evaluation, Mask, evaluate
+from circuits.discovery.evaluating import Evaluation, evaluate
 from circuits.discovery.found import Discovery, circuit_graph
-from circuits.discovery.graphs import LIMIT, EdgeGraph
+from circuits.discovery.graphs import LIMIT, EdgeGraph, Mask
 from circuits.discovery.pairs import EdgePairs, pair_edges, strongest
 from circuits.discovery.pruning import PART, prune
 from circuits.discovery.results import SIZES, EdgeScores, Ranking

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from circuits.discovery.comparing import chance_jaccard, shared
-from circuits.discovery.graphs import Edge
+from circuits.discovery.graphs import Edge, Mask
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.stored import StoredScores
 from circuits.files import finite
@@ -24,7 +24,7 @@ DRAWS = 100
 STABLE = 0.8
 """The mean Jaccard index of bootstraps from which a search counts as stable (a bar that Méloux et al. propose)."""
 
-Choose = Callable[[Float[np.ndarray, " edge"]], Bool[np.ndarray, " edge"]]
+Choose = Callable[[Float[np.ndarray, " edge"]], Mask]
 """A search: from the mean score of each edge to the edges that are kept."""
 
 
@@ -69,7 +69,7 @@ class SearchStability:
 
 def stability(
     scores: EdgeScores,
-    circuit: Bool[np.ndarray, " edge"],
+    circuit: Mask,
     choose: Choose,
     draws: int = DRAWS,
     seed: int = 0,
@@ -100,7 +100,7 @@ def stability(
     sums = None if isinstance(values, StoredScores) else member @ values
     rng = np.random.default_rng(seed)
 
-    def found(times: Float[np.ndarray, " cluster"]) -> Bool[np.ndarray, " edge"]:
+    def found(times: Float[np.ndarray, " cluster"]) -> Mask:
         total = values.summed(times @ member) if isinstance(values, StoredScores) else times @ sums
         return choose(total / (times @ counts))
 
