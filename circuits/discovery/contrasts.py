@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 from circuits.discovery.comparing import chance_jaccard, shared
 from circuits.discovery.graphs import mask_of
 from circuits.discovery.results import EdgeScores
-from circuits.experiments.statistics import Interval, ends, totals
+from circuits.experiments.statistics import Interval, ends, mean_intervals, totals
 from circuits.files import finite
 from circuits.tables import Table, between
 
@@ -185,13 +185,11 @@ def _side(scores: EdgeScores, name: str) -> _Side:
         raise ValueError(
             f"{name}: one independent example says nothing about chance; expected 2 or more"
         )
-    drawn = np.random.default_rng(scores.record.seed).multinomial(n, np.full(n, 1 / n), DRAWS)
-    own = Interval.of(float(change.mean()), (drawn @ sums[-1]) / (drawn @ counts), n)
-    low, high = own.low, own.high
-    if low <= 0 <= high:
+    (own,) = mean_intervals(change[None], scores.clusters, scores.record.seed)
+    if not own.clear:
         raise ValueError(
-            f"{name}: removing every edge moves {scores.metric} by {change.mean():.3g} (95 % interval "
-            f"{between(low, high)}), which cannot be told from 0, so no edge has a share of it"
+            f"{name}: removing every edge moves {scores.metric} by {own.value:.3g} (95 % interval "
+            f"{between(own.low, own.high)}), which cannot be told from 0, so no edge has a share of it"
         )
     return _Side(sums[:-1].T, sums[-1])
 

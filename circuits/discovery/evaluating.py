@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -24,16 +24,25 @@ from circuits.discovery.nulls import random_circuit
 from circuits.discovery.optimal import learn_constants
 from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
-from circuits.discovery.searching import Masks, first_connected, values_of
+from circuits.discovery.searching import Masks, extremes, first_connected, values_of
 from circuits.examples import BATCH
 from circuits.experiments import N_RANDOM
 from circuits.experiments.outcomes import Record
 from circuits.experiments.running import MEMORY
-from circuits.experiments.statistics import Interval, least_p, n_clusters, resampled
+from circuits.experiments.statistics import (
+    UNKNOWN,
+    Interval,
+    least_p,
+    mean_intervals,
+    n_clusters,
+    resampled,
+)
 from circuits.files import Keep, finite, make_now
 from circuits.progress import Progress
 from circuits.tables import Table, between, spread
 from circuits.tasks.task import Task
+
+Mean = TypeVar("Mean", float, np.ndarray)
 
 FAITHFUL = 0.9
 """The faithfulness at which a circuit counts as enough."""
@@ -69,6 +78,17 @@ def log_mean(sizes: Sequence[int], values: Float[np.ndarray, " size"]) -> float:
     return float(np.trapezoid(values, at) / (at[-1] - at[0]))
 
 
+def share_of_effect(value: Mean, empty: float | Mean, full: float | Mean) -> Mean:
+    """(m(C) - m(0)) / (m(N) - m(0)): faithfulness, of mean metrics, or of several at once.
+
+    Args:
+        value: the mean metric of a circuit, or of each of some.
+        empty: that of no edges.
+        full: that of all edges, which must not be the same.
+    """
+    return (value - empty) / (full - empty)
+
+
 def faithfulness_of(
     values: Float[np.ndarray, " example"],
     empty: Float[np.ndarray, " example"],
@@ -86,10 +106,9 @@ def faithfulness_of(
         seed: of the resamples.
     """
     rows = np.stack([values, empty, full])
-    own, none, whole = rows.mean(1)
     drawn = resampled(rows, clusters=clusters, seed=seed).T
-    ratios = (drawn[0] - drawn[1]) / (drawn[2] - drawn[1])
-    return Interval.of(float((own - none) / (whole - none)), ratios, n_clusters(clusters))
+    own = float(share_of_effect(*rows.mean(1)))
+    return Interval.of(own, share_of_effect(*drawn), n_clusters(clusters))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +127,7 @@ class Curve:
 
     def faithfulness(self, empty: float, full: float) -> Float[np.ndarray, " size"]:
         """f at each size."""
-        return (self.values.mean(1) - empty) / (full - empty)
+        return share_of_effect(self.values.mean(1), empty, full)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +190,7 @@ class Evaluation:
     @property
     def defined(self) -> bool:
         """Whether faithfulness means something: the model's own effect can be told from 0."""
-        return _is_clear(self.effect)
+        return self.effect.clear
 
     @property
     def undefined(self) -> str:
@@ -186,7 +205,7 @@ class Evaluation:
     def ratio(self, values: Float[np.ndarray, " example"]) -> Interval:
         """A faithfulness with its interval."""
         if not self.defined:
-            return Interval(float("nan"), float("nan"), float("nan"))
+            return UNKNOWN
         return faithfulness_of(values, self.empty, self.full, self.clusters, self.record.seed)
 
     @cached_property
@@ -204,10 +223,12 @@ class Evaluation:
         """f of each random circuit."""
         if not self.defined:
             return ()
-        return tuple(self._of(row) for row in self.random)
+        return tuple(share_of_effect(self.random.mean(1), *self._ends).tolist())
 
-    def _of(self, values: Float[np.ndarray, " example"]) -> float:
-        return float((values.mean() - self.empty.mean()) / (self.full.mean() - self.empty.mean()))
+    @property
+    def _ends(self) -> tuple[float, float]:
+        """The mean metric of no edges and of all."""
+        return float(self.empty.mean()), float(self.full.mean())
 
     @property
     def p_value(self) -> float:
@@ -227,7 +248,7 @@ class Evaluation:
     # --- by size ---------------------------------------------------------------------------------
 
     def _curve(self, curve: Curve) -> Float[np.ndarray, " size"]:
-        return curve.faithfulness(float(self.empty.mean()), float(self.full.mean()))
+        return curve.faithfulness(*self._ends)
 
     def by_size(self) -> list[tuple[int, int, float, tuple[float, ...]]]:
         """For each size: the edges asked for, the connected ones, f, and f of the random rankings."""
@@ -369,21 +390,15 @@ def _spread_out(rows: list[Any], n: int) -> list[Any]:
 def _effect(
     empty: Float[np.ndarray, " example"], full: Float[np.ndarray, " example"], clusters: Sequence[int], seed: int
 ) -> Interval:  # fmt: skip
-    change = (full - empty)[None]
-    drawn = resampled(change, clusters=clusters, seed=seed)
-    return Interval.of(float(change.mean()), drawn[:, 0], n_clusters(clusters))
-
-
-def _is_clear(effect: Interval) -> bool:
-    """Whether an effect can be told from 0."""
-    return effect.low > 0 or effect.high < 0
+    """m(N) - m(0), with its interval."""
+    (found,) = mean_intervals((full - empty)[None], clusters, seed)
+    return found
 
 
 def _has_effect(runs: Runs, seed: int) -> bool:
     """Whether the model's own effect on a task can be told from 0."""
-    n = len(runs.graph)
-    empty, full = values_of(runs, [np.zeros(n, bool), np.ones(n, bool)])
-    return _is_clear(_effect(empty, full, runs.task.clusters, seed))
+    empty, full = values_of(runs, extremes(len(runs.graph)))
+    return _effect(empty, full, runs.task.clusters, seed).clear
 
 
 def _likeness(graph: EdgeGraph, kept: Mask, randoms: Sequence[Mask]) -> tuple[int, float, float]:
@@ -419,13 +434,21 @@ def _smallest(
     runs: Runs,
     order: np.ndarray,
     curve: Curve,
-    empty: Float[np.ndarray, " example"],
-    full: Float[np.ndarray, " example"],
+    empty: float,
+    full: float,
 ) -> int | None:
-    """The smallest size at which a ranking is faithful, by trying those that the curve leaves out before it."""
-    if full.mean() == empty.mean():
+    """The smallest size at which a ranking is faithful, by trying those that the curve leaves out before it.
+
+    Args:
+        runs: the runs on which the curve was measured.
+        order: the edges' numbers, the most important first.
+        curve: faithfulness by size.
+        empty: the mean metric of no edges.
+        full: that of all edges.
+    """
+    if full == empty:
         return None
-    enough = curve.faithfulness(float(empty.mean()), float(full.mean())) >= FAITHFUL
+    enough = curve.faithfulness(empty, full) >= FAITHFUL
     if not enough.any():
         return None
     first = int(enough.argmax())
@@ -433,17 +456,16 @@ def _smallest(
     if not sizes or curve.sizes[first] > _DENSE:
         return curve.sizes[first]
     values = values_of(runs, _firsts(runs.graph, order, sizes))
-    between = Curve(tuple(sizes), (), values).faithfulness(float(empty.mean()), float(full.mean()))
+    skipped = share_of_effect(values.mean(1), empty, full)
     return next(
-        (n for n, f in zip(sizes, between, strict=True) if f >= FAITHFUL), curve.sizes[first]
+        (n for n, f in zip(sizes, skipped, strict=True) if f >= FAITHFUL), curve.sizes[first]
     )
 
 
 def _on_find(runs: Runs, kept: Mask) -> float:
     """Faithfulness on the half on which a circuit was found; NaN if nothing changes there."""
-    none, full = np.zeros(len(kept), bool), np.ones(len(kept), bool)
-    empty, whole, own = values_of(runs, [none, full, kept]).mean(1)
-    return float((own - empty) / (whole - empty)) if whole != empty else float("nan")
+    empty, full, own = values_of(runs, [*extremes(len(kept)), kept]).mean(1).tolist()
+    return share_of_effect(own, empty, full) if full != empty else float("nan")
 
 
 def evaluate(
@@ -513,7 +535,7 @@ def evaluate(
         scores, n_random = None, 0
     rng, more = np.random.default_rng(seed), dict(others or {})
     n = len(graph)
-    fixed = Masks(n, [np.zeros(n, bool), np.ones(n, bool), kept, ~kept])
+    fixed = Masks(n, [*extremes(n), kept, ~kept])
     randoms = Masks(n, (random_circuit(graph, kept, rng) for _ in range(n_random)))
     sizes, rankings = ladder(n) if scores is not None else (), Masks(n)
     if scores is not None:
@@ -527,7 +549,7 @@ def evaluate(
     curves = _curves(sizes, rankings, values[last:])
     smallest = None
     if scores is not None:
-        smallest = _smallest(runs, scores.order(ranking), curves[0], values[0], values[1])
+        smallest = _smallest(runs, scores.order(ranking), curves[0], *values[:2].mean(1).tolist())
     on_find = float("nan") if find is None else _on_find(Runs(graph, find, **settings), kept)
     metric, several = runs.metric, values[len(fixed) : first]
     return Evaluation(

@@ -31,7 +31,7 @@ from circuits.examples import BATCH
 from circuits.experiments.outcomes import Record
 from circuits.experiments.patched_runs import Direction
 from circuits.experiments.running import MEMORY
-from circuits.experiments.statistics import Interval, n_clusters, resampled
+from circuits.experiments.statistics import Interval, mean_intervals
 from circuits.files import Keep, finite, make_now
 from circuits.progress import Progress
 from circuits.tables import Table, between
@@ -86,8 +86,7 @@ class Effects:
     def synergistic(self) -> bool:
         """Whether most of the joint effect happens only with both, and chance does not explain the interaction."""
         first, second, both = self.means
-        i = self.interval
-        sure = np.isnan(i.low) or i.low > 0 or i.high < 0
+        sure = np.isnan(self.interval.low) or self.interval.clear
         most = max(abs(first), abs(second), abs(first + second))
         return bool(sure and both and most <= _HALF * abs(both))
 
@@ -427,10 +426,8 @@ class _Measured:
         first, second, both = (
             self._value(way, mask_of(len(self.graph), edges)) - base for edges in ([a], [b], [a, b])
         )
-        over = both - first - second
-        drawn = resampled(over[None], clusters=self.clusters, seed=self.seed)
-        interval = Interval.of(float(over.mean()), drawn[:, 0], n_clusters(self.clusters))
-        return Effects(first, second, both, interval)
+        over = (both - first - second)[None]
+        return Effects(first, second, both, *mean_intervals(over, self.clusters, self.seed))
 
     def _growth(self, a: int, b: int) -> Growth | None:
         """What removing the source of a does to the direct effects of what b leads to: the one that grows most."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from circuits.discovery.graphs import LIMIT, Edge
 from circuits.discovery.stored import StoredScores
 from circuits.experiments.outcomes import Record
-from circuits.experiments.statistics import Interval, n_clusters, resampled
+from circuits.experiments.statistics import Interval, mean_intervals
 from circuits.files import finite
 from circuits.tables import Table, between
 
@@ -160,12 +160,7 @@ class EdgeScores:
 
     def intervals(self, edges: np.ndarray) -> list[Interval]:
         """The mean scores of some edges with 95 % intervals (over clusters of examples)."""
-        values = self.of(edges).T
-        drawn = resampled(values, clusters=self.clusters, seed=self.record.seed)
-        return [
-            Interval.of(mean, drawn[:, i], n_clusters(self.clusters))
-            for i, mean in enumerate(values.mean(1, dtype=np.float64).tolist())
-        ]
+        return mean_intervals(self.of(edges).T, self.clusters, self.record.seed)
 
     def to_dict(self, top: int | None = None) -> dict[str, Any]:
         """As JSON has it, the most important edges first; None for what is not finite.

@@ -128,6 +128,11 @@ def check_size(graph: EdgeGraph, n: int) -> None:
 # --- by trying ---------------------------------------------------------------------------------------
 
 
+def extremes(n_edges: int) -> tuple[Mask, Mask]:
+    """The circuits of no edges and of all."""
+    return np.zeros(n_edges, bool), np.ones(n_edges, bool)
+
+
 def values_of(
     runs: Runs,
     circuits: Sequence[Mask],
