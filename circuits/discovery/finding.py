@@ -18,7 +18,7 @@ from circuits.discovery.found import Discovery, circuit_graph
 from circuits.discovery.graphs import LIMIT, EdgeGraph, Mask
 from circuits.discovery.pairs import EdgePairs, pair_edges, strongest
 from circuits.discovery.pruning import PART, prune
-from circuits.discovery.results import SIZES, EdgeScores, Ranking
+from circuits.discovery.results import SIZES, UNESTIMATED, EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
 from circuits.discovery.searching import SEARCHES, Search, acdc, check_size, greedy, refine, top
@@ -223,7 +223,7 @@ class _Finding:
 
     def checked(self, n: int | None, on: CheckOn) -> Checked | None:
         """How far approximate scores agree with exact patching; None of exact ones and baselines."""
-        if self.method in ("exact", "random", *SIZES) or n == 0:
+        if self.method in UNESTIMATED or n == 0:
             return None
         runs = self.runs if on == "find" else Runs(self.graph, self.test, **self.settings)
         more = {} if n is None else {"n": n}
