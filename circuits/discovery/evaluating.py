@@ -415,6 +415,20 @@ def _firsts(graph: EdgeGraph, order: np.ndarray, sizes: Sequence[int]) -> Masks:
     return Masks(len(graph), (first_connected(graph, order, size) for size in sizes))
 
 
+def _rankings(
+    graph: EdgeGraph,
+    order: np.ndarray,
+    sizes: Sequence[int],
+    n_random: int,
+    rng: np.random.Generator,
+) -> Masks:
+    """The circuits of every size of a ranking, then those of random rankings."""
+    found = _firsts(graph, order, sizes)
+    for _ in range(n_random):  # one at a time: of a large graph each order is large
+        found += _firsts(graph, rng.permutation(len(graph)), sizes)
+    return found
+
+
 def _curves(
     sizes: Sequence[int], circuits: Sequence[Mask], values: Float[np.ndarray, "circuit example"]
 ) -> list[Curve]:
@@ -533,31 +547,28 @@ def evaluate(
     runs = Runs(graph, task, **settings)
     if not _has_effect(runs, seed):  # without an effect there is nothing to compare
         scores, n_random = None, 0
-    rng, more = np.random.default_rng(seed), dict(others or {})
-    n = len(graph)
-    fixed = Masks(n, [*extremes(n), kept, ~kept])
+    rng, more, n = np.random.default_rng(seed), dict(others or {}), len(graph)
     randoms = Masks(n, (random_circuit(graph, kept, rng) for _ in range(n_random)))
-    sizes, rankings = ladder(n) if scores is not None else (), Masks(n)
+    sizes, rankings = (), Masks(n)
     if scores is not None:
-        # One order at a time: of a large graph each is large.
-        rankings += _firsts(graph, scores.order(ranking), sizes)
-        for _ in range(n_curves):
-            rankings += _firsts(graph, rng.permutation(n), sizes)
-    circuits = fixed + Masks(n, more.values()) + randoms + rankings
-    values = values_of(runs, circuits, progress, keep)
-    first, last = len(fixed) + len(more), len(values) - len(rankings)
-    curves = _curves(sizes, rankings, values[last:])
-    smallest = None
+        sizes = ladder(n)
+        rankings = _rankings(graph, scores.order(ranking), sizes, n_curves, rng)
+    groups = [Masks(n, [*extremes(n), kept, ~kept]), Masks(n, more.values()), randoms, rankings]
+    values = values_of(runs, sum(groups, Masks(n)), progress, keep)
+    fixed, several, drawn, by_rank = np.split(values, np.cumsum([len(g) for g in groups[:-1]]))
+    empty, full, own, complement = fixed
+    curves, smallest = _curves(sizes, rankings, by_rank), None
     if scores is not None:
-        smallest = _smallest(runs, scores.order(ranking), curves[0], *values[:2].mean(1).tolist())
-    on_find = float("nan") if find is None else _on_find(Runs(graph, find, **settings), kept)
-    metric, several = runs.metric, values[len(fixed) : first]
+        ends = float(empty.mean()), float(full.mean())
+        smallest = _smallest(runs, scores.order(ranking), curves[0], *ends)
     return Evaluation(
-        tuple(graph.edges[i] for i in np.flatnonzero(kept).tolist()), n, metric.name, metric.unit, metric.better,
-        values[0], values[1], values[2], values[3], values[first:last],
-        _likeness(graph, kept, randoms), dict(zip(more, several, strict=True)),
-        {name: int(c.sum()) for name, c in more.items()}, curves[0] if curves else None, tuple(curves[1:]), on_find,
-        smallest, ablation, task.clusters, Record.of(graph.model, task, seed),
+        edges=tuple(graph.edges[i] for i in np.flatnonzero(kept).tolist()), n_edges=n, metric=runs.metric.name,
+        unit=runs.metric.unit, better=runs.metric.better, empty=empty, full=full, own=own, complement=complement,
+        random=drawn, likeness=_likeness(graph, kept, randoms), others=dict(zip(more, several, strict=True)),
+        other_sizes={name: int(c.sum()) for name, c in more.items()}, curve=curves[0] if curves else None,
+        random_curves=tuple(curves[1:]), smallest=smallest, ablation=ablation, clusters=task.clusters,
+        on_find=float("nan") if find is None else _on_find(Runs(graph, find, **settings), kept),
+        record=Record.of(graph.model, task, seed),
     )  # fmt: skip
 
 
