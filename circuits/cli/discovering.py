@@ -142,46 +142,32 @@ def evaluate(
     loaded = model.load()
     asked = task.compile(loaded, seed)
     more = _others(model.place, loaded, other)
-    is_file = Path(circuit).suffix in SUFFIXES
-    if is_file:
+    if Path(circuit).suffix in SUFFIXES:
         if version is not None:
             raise ValueError(
                 f"--version {version} belongs to saved circuits; {circuit!r} is a file"
             )
         graph = grain.graph(loaded, asked, _all_edges(more))
         kept, scores = _of_file(circuit, graph, asked.test, size)
+    elif size is not None:
+        raise ValueError(
+            f"--size {size} belongs to a file with scores; {circuit!r} is a saved circuit"
+        )
     else:
-        if size is not None:
-            raise ValueError(
-                f"--size {size} belongs to a file with scores; {circuit!r} is a saved circuit"
-            )
-        if grain != Grain():
-            raise ValueError(
-                f"circuit {circuit!r} says between which parts it was found: options of parts belong to files"
-            )
         saved = _saved(model.place, loaded, circuit, version)
-        graph = graph_of(saved, loaded)
+        graph, scores = _graph_of(saved, circuit, loaded, grain), None
         check_not_found_on(saved, asked.test)
-        kept, scores = graph.mask(edges_of(saved)), None
+        kept = graph.mask(edges_of(saved))
     masks = _masks(graph, more)
     with output.stages() as stage:
         learning, progress = (
             begun_later(partial(stage, name)) for name in ("optimal constants", "evaluation")
         )
         made = evaluated(
-            graph,
-            asked.test,
-            kept,
-            scores=scores,
-            find=asked.find if ablation == "optimal" else None,
-            ablation=ablation,
-            shift=shift,
-            others=masks,
-            n_random=random,
-            seed=seed,
-            progress=progress,
+            graph, asked.test, kept, scores=scores, find=asked.find if ablation == "optimal" else None,
+            ablation=ablation, shift=shift, others=masks, n_random=random, seed=seed, progress=progress,
             learning=learning,
-        )
+        )  # fmt: skip
     output.show(made, made.tables(top))
     output.draw(lambda figures: figures.faithfulness_figure(made))
 
@@ -216,13 +202,9 @@ def compare(
         )
     loaded = model.load()
     if circuit:
-        if grain != Grain():
-            raise ValueError(
-                "saved circuits say between which parts they were found: leave out options of parts"
-            )
         one, other = (_saved(model.place, loaded, name) for name in (circuit, another))
-        graph = graph_of(one, loaded)
-        _masks(graph, {another: other})
+        graph = _graph_of(one, circuit, loaded, grain)
+        _masks(graph, {another: other})  # refused if it was found between other parts
         made = compare_circuits(edges_of(one), edges_of(other), len(graph))
         output.show(made, made.tables(top))
         return
@@ -291,6 +273,19 @@ def _saved(
     circuit = load_circuit(place.database, name, model.hash, version)
     edges_of(circuit)
     return circuit
+
+
+def _graph_of(circuit: CircuitGraph, name: str, model: HookedModel, grain: Grain) -> EdgeGraph:
+    """The graph in which a saved circuit was found.
+
+    Raises:
+        ValueError: if options of parts were given, which the circuit says itself.
+    """
+    if grain != Grain():
+        raise ValueError(
+            f"circuit {name!r} says between which parts it was found: leave out options of parts"
+        )
+    return graph_of(circuit, model)
 
 
 def _all_edges(circuits: Mapping[str, CircuitGraph]) -> tuple[Edge, ...]:
