@@ -322,43 +322,52 @@ class Evaluation:
         })  # fmt: skip
 
     def tables(self, top: int = 20) -> Iterator[Table | str]:
-        """Faithfulness of the circuit and by size, with what random circuits reach."""
+        """Faithfulness of the circuit and by size, with what random circuits reach.
+
+        Args:
+            top: how many sizes are listed.
+        """
         if not self.defined:
             yield self.undefined
             return
-        f, c, n = self.faithfulness, self.complement_faithfulness, len(self.edges)
-        rows: list[tuple[Any, ...]] = [
-            ("circuit", n, f.value, between(f.low, f.high), self.p_value),
-            *(
-                []
-                if np.isnan(self.on_find)
-                else [("circuit, on the find half", n, self.on_find, "", "")]
-            ),
-            ("all other edges", self.n_edges - n, c.value, between(c.low, c.high), ""),
+        yield self._compared()
+        yield from self._remarks()
+        if self.curve is not None:
+            yield from self._listed_by_size(top)
+
+    def _compared(self) -> Table:
+        """The circuit's faithfulness next to that of what it is compared with."""
+
+        def row(name: str, n: int, f: Interval, p: float | str = "") -> tuple[Any, ...]:
+            return name, n, f.value, between(f.low, f.high), p
+
+        n, random = len(self.edges), self.random_faithfulness
+        rows = [row("circuit", n, self.faithfulness, self.p_value)]
+        if not np.isnan(self.on_find):
+            rows.append(("circuit, on the find half", n, self.on_find, "", ""))
+        rows.append(row("all other edges", self.n_edges - n, self.complement_faithfulness))
+        if random:
+            name = f"random circuits ({len(random)})"
+            rows.append((name, n, float(np.mean(random)), spread(random), ""))
+        rows += [
+            row(name, self.other_sizes[name], self.ratio(v)) for name, v in self.others.items()
         ]
-        if self.random_faithfulness:
-            words = f"random circuits ({len(self.random_faithfulness)})"
-            mean = float(np.mean(self.random_faithfulness))
-            rows.append((words, len(self.edges), mean, spread(self.random_faithfulness), ""))
-        for name, values in self.others.items():
-            f = self.ratio(values)
-            rows.append((name, self.other_sizes[name], f.value, between(f.low, f.high), ""))
         title = (
             f"faithfulness, {self.record.measured_on}, {self.ablation} ablation, {self.metric} "
             f"({self.empty.mean():.4g} without edges, {self.full.mean():.4g} intact), {len(set(self.clusters))} "
             f"independent examples, seed {self.record.seed}"
         )
-        yield Table(("of", "edges", "f", "95 % interval or range", "p"), rows, title)
+        return Table(("of", "edges", "f", "95 % interval or range", "p"), rows, title)
+
+    def _remarks(self) -> Iterator[str]:
+        """What is to be said of random circuits, of single examples, and of learned constants."""
         if self.random_faithfulness:
             same, alike, on_path = self.likeness
+            little = ": between its kinds of parts there are few other edges, so that p says little"
             yield (
                 f"random circuits have a mean Jaccard index of {alike:.2f} with the circuit, and {on_path:.0%} of "
                 f"their edges lie on a path; {same} of {len(self.random)} are the circuit itself"
-                + (
-                    ": between its kinds of parts there are few other edges, so that p says little"
-                    if same
-                    else ""
-                )
+                + (little if same else "")
             )
         quantiles = ", ".join(f"{q:.0%} {v:.3g}" for q, v in self.errors.items())
         yield f"circuit minus model, over examples ({self.unit or self.metric}): {quantiles}"
@@ -367,12 +376,14 @@ class Evaluation:
                 "removed edges carry constants that were learned for this circuit on the find half; they favour it "
                 "over the circuits that it is compared with, which carry the same"
             )
-        if self.curve is None:
-            return
-        some = _spread_out(self.by_size(), top)
+
+    def _listed_by_size(self, top: int) -> Iterator[Table | str]:
+        """The curve at some sizes, and what it comes to."""
+        rows = [
+            (n, k, own, spread(others)) for n, k, own, others in _spread_out(self.by_size(), top)
+        ]
         columns = ("edges", "connected", "f", "f of random rankings")
-        curve_rows = [(n, k, own, spread(others)) for n, k, own, others in some]
-        yield Table(columns, curve_rows, "faithfulness by size")
+        yield Table(columns, rows, "faithfulness by size")
         yield (
             f"CMD_log {self.cmd_log:.3g} (random rankings {spread(self.random_cmd_log)}; 0 is best); MIB's CMD "
             f"{self.cmd:.3g}, CPR {self.cpr:.3g} (capped at 1); smallest size with f >= {FAITHFUL}: "

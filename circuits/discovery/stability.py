@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from circuits.discovery.comparing import chance_jaccard, shared
 from circuits.discovery.graphs import Edge, Mask
@@ -117,14 +117,18 @@ def stability(
         first = np.zeros(n)
         first[rng.permutation(n)[: n // 2]] = 1
         halves.append(shared(found(first), found(1 - first)))
-    both = drawn.astype(float) @ drawn.T
-    sizes = np.diag(both)
-    either = sizes[:, None] + sizes[None] - both
-    pairs = np.triu_indices(draws, 1)
-    mean = float((both[pairs] / np.maximum(either[pairs], 1)).mean())
-    size = float(sizes.mean())
+    size = float(drawn.sum(1).mean())
     shares = drawn[:, np.searchsorted(used, own)].mean(0).tolist()
     return SearchStability(
-        {scores.edges[e]: s for e, s in zip(own.tolist(), shares, strict=True)}, mean,
+        {scores.edges[e]: s for e, s in zip(own.tolist(), shares, strict=True)}, _mean_jaccard(drawn),
         float(np.mean(halves)), chance_jaccard(size, size, len(circuit)), draws, n,
     )  # fmt: skip
+
+
+def _mean_jaccard(circuits: Bool[np.ndarray, "circuit edge"]) -> float:
+    """The mean Jaccard index of every two circuits."""
+    both = circuits.astype(float) @ circuits.T
+    sizes = np.diag(both)
+    either = sizes[:, None] + sizes[None] - both
+    pairs = np.triu_indices(len(circuits), 1)
+    return float((both[pairs] / np.maximum(either[pairs], 1)).mean())
