@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,17 @@ def linear(change: float) -> Row:
 
 
 DEAD = linear(0)
+
+COLUMNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("noising", "exact", {}),
+    ("denoising", "exact", {"direction": "denoising"}),
+    ("eap", "eap", {}),
+    ("ends", "clean-corrupted", {}),
+    ("left", "eap-ig", {"steps": 5, "rule": "left"}),
+    ("right", "eap-ig", {"steps": 5, "rule": "right"}),
+    ("midpoint", "eap-ig", {"steps": 6}),
+)
+"""Each column of a table, the method that finds it, and its settings."""
 
 
 @dataclass(frozen=True)

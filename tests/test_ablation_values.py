@@ -18,6 +18,7 @@ from circuits.discovery.searching import values_of
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks import Question, Task, as_metric
+from tests.edge_checks import check_circuits
 from tests.edge_oracle import Oracle, TransformerEdges, last_logits
 from tests.gates import first_less_second
 from tests.plain_transformer import Plain
@@ -54,15 +55,9 @@ MEANS: dict[Any, Callable[[Tensor], Tensor]] = {
 
 def compare(runs: Runs, oracle: Oracle) -> None:
     """The metric of random circuits, on each example."""
-    graph = runs.graph
-    some = np.random.default_rng(0).random((4, len(graph))) < 0.5
+    some = np.random.default_rng(0).random((4, len(runs.graph))) < 0.5
     some[0] = False
-    wanted = [
-        oracle.circuit([e for e, kept in zip(graph.edges, row, strict=True) if kept])
-        for row in some
-    ]
-    found = torch.from_numpy(values_of(runs, list(some)))
-    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-5)
+    check_circuits(runs, oracle, some)
 
 
 @pytest.mark.parametrize("ablation", list(MEANS))

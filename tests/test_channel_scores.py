@@ -18,7 +18,7 @@ from circuits.discovery.searching import values_of
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.tasks.metrics import UnitActivation
 from tests.conftest import seeded
-from tests.gates import GATES, N_PAIRS, Gate, Planted, as_convolutions
+from tests.gates import COLUMNS, GATES, N_PAIRS, Gate, Planted, as_convolutions
 from tests.plain_transformer import Edge
 from tests.test_channel_graph import (
     NETS,
@@ -58,21 +58,14 @@ def dead_edges(planted: Planted, scores: EdgeScores) -> list[int]:
     return [i for i, edge in enumerate(scores.edges) if edge not in planted.expected]
 
 
-COLUMNS: list[tuple[str, str, dict[str, Any]]] = [
-    ("noising", "exact", {}),
-    ("denoising", "exact", {"direction": "denoising"}),
-    ("eap", "eap", {}),
-    ("ends", "clean-corrupted", {}),
-    ("left", "eap-ig", {"steps": 5, "rule": "left"}),
-    ("right", "eap-ig", {"steps": 5, "rule": "right"}),
-    ("midpoint", "eap-ig", {"steps": 6}),
+BY_ACTIVATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     # What lies before a gate's unit is linear in alpha: interpolating one layer is interpolating the image.
     ("left", "eap-ig-activations", {"steps": 5, "rule": "left"}),
     ("midpoint", "eap-ig-activations", {"steps": 6}),
-]  # fmt: skip
+)
 
 
-@pytest.mark.parametrize(("column", "method", "given"), COLUMNS)
+@pytest.mark.parametrize(("column", "method", "given"), [*COLUMNS, *BY_ACTIVATIONS])
 def test_gates_score_what_was_worked_out_by_hand_and_dead_edges_nothing(
     planted: Planted, column: str, method: Any, given: Any
 ) -> None:

@@ -31,7 +31,7 @@ from circuits.discovery.evaluating import ladder, log_mean
 from circuits.discovery.finding import TRUE, swapped
 from circuits.discovery.found import check_not_found_on, graph_of, parts_of
 from circuits.discovery.nulls import random_circuit
-from circuits.discovery.searching import removal_effects, values_of
+from circuits.discovery.searching import removal_effects
 from circuits.discovery.stability import stability
 from circuits.experiments.patching import patch_paths
 from circuits.models.adapter.hooked_model import HookedModel
@@ -41,8 +41,9 @@ from circuits.tables import Table
 from circuits.tasks import Task
 from circuits.tasks.builtin import load_task, named_metric
 from circuits.tasks.metrics import kl
+from tests.edge_checks import both_ends, check_circuits, check_ends
 from tests.edge_oracle import Oracle, TransformerEdges, last_logits
-from tests.gates import GATES, Planted, as_transformer
+from tests.gates import COLUMNS, GATES, Planted, as_transformer
 from tests.plain_transformer import Plain
 from tests.test_paths import drawn, gpt2_like, llama_like, pairs
 
@@ -96,24 +97,9 @@ def test_a_circuit_of_no_edges_is_the_corrupted_run_and_of_all_edges_the_clean_r
 ) -> None:
     model, task, oracle = case
     graph = edge_graph(model)
-    runs = Runs(graph, task)
-    (pair,) = runs.pairs()
-    off = torch.stack([torch.ones(len(graph)), torch.zeros(len(graph))])
-    none, full = runs.patched(pair, off)
-    # In a batch of the same size, since other sizes round differently.
-    clean, corrupted = (
-        weighed(model.logits(tokens.repeat(2, 1))).double()
-        for tokens in (pair.part.inputs, pair.part.counterparts)
-    )
-    assert torch.equal(none, corrupted[: len(none)])
-    assert torch.equal(full, clean[len(none) :])
+    check_ends(graph, task, weighed)
     some = np.random.default_rng(0).random((5, len(graph))) < 0.5
-    wanted = [
-        oracle.circuit([e for e, kept in zip(graph.edges, row, strict=True) if kept])
-        for row in some
-    ]
-    found = torch.from_numpy(values_of(runs, list(some)))
-    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-5)
+    check_circuits(Runs(graph, task), oracle, some)
 
 
 def test_masks_between_on_and_off_are_differentiable(
@@ -128,16 +114,6 @@ def test_masks_between_on_and_off_are_differentiable(
 
 
 # --- gates -------------------------------------------------------------------------------------------
-
-COLUMNS: list[tuple[str, str, dict[str, Any]]] = [
-    ("noising", "exact", {}),
-    ("denoising", "exact", {"direction": "denoising"}),
-    ("eap", "eap", {}),
-    ("ends", "clean-corrupted", {}),
-    ("left", "eap-ig", {"steps": 5, "rule": "left"}),
-    ("right", "eap-ig", {"steps": 5, "rule": "right"}),
-    ("midpoint", "eap-ig", {"steps": 6}),
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=list(GATES))
@@ -472,7 +448,7 @@ def test_a_module_that_is_used_in_several_places_is_patched_in_one() -> None:
     task = pairs(model, clean, corrupted, weighed)
     runs = Runs(graph, task)
     (pair,) = runs.pairs()
-    none, full = runs.patched(pair, torch.stack([torch.ones(len(graph)), torch.zeros(len(graph))]))
+    none, full = both_ends(runs)
     for values, tokens in ((none, corrupted), (full, clean)):
         torch.testing.assert_close(
             values, weighed(model.logits(tokens)).double(), rtol=1e-4, atol=1e-5

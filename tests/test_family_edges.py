@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from circuits.discovery import Runs, edge_graph
 from circuits.discovery.streams import StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
-from circuits.tasks import Task
+from tests.edge_checks import check_ends
+from tests.plain_transformer import Edge
 from tests.test_discovery import weighed
 from tests.test_grains import coded
 from tests.test_paths import drawn, pairs
@@ -127,24 +128,39 @@ class ByHand:
         return logits
 
 
+def effects_by_hand(
+    model: HookedModel, by_hand: Callable[[str, str], Tensor], some: Sequence[Edge]
+) -> Tensor:
+    """Checks that no edges and all edges are the runs themselves, and some edges what they are by hand.
+
+    Args:
+        model: the model of texts.
+        by_hand: the logits with an edge patched.
+        some: edges.
+
+    Returns:
+        By how much each edge moves the metric, on the example where it moves it most.
+    """
+    graph, (clean, corrupted) = edge_graph(model), drawn()
+    task = pairs(model, clean, corrupted, weighed)
+    check_ends(graph, task, weighed)
+    (pair,) = (runs := Runs(graph, task)).pairs()
+    found = runs.patched(pair, torch.eye(len(graph))[[graph.index(edge) for edge in some]])
+    with torch.no_grad():
+        made = torch.stack([weighed(by_hand(*edge)) for edge in some]).double()
+        intact = weighed(model.logits(clean)).double()
+    torch.testing.assert_close(found, made, rtol=1e-3, atol=1e-4)
+    return (made - intact).abs().amax(1)
+
+
 def check(family: str, model: HookedModel, inner: Any) -> None:
     graph = edge_graph(model)
     assert isinstance(graph, StreamGraph)
     assert {"token", "0.3", "mlp:0"} <= set(graph.sources)
     clean, corrupted = drawn()
-    task: Task = pairs(model, clean, corrupted, weighed)
-    (pair,) = (runs := Runs(graph, task)).pairs()
-    n = len(graph)
-    none, full = runs.patched(pair, torch.stack([torch.ones(n), torch.zeros(n)]))
-    wanted = [weighed(model.logits(t.repeat(2, 1))).double() for t in (corrupted, clean)]
-    assert torch.equal(none, wanted[0][: len(none)])
-    assert torch.equal(full, wanted[1][len(none) :])
     with torch.no_grad():
         hand = ByHand(family, inner, clean, corrupted)
-        by_hand = torch.stack([weighed(hand.logits(*edge)) for edge in graph.edges]).double()
-    found = runs.patched(pair, torch.eye(n))
-    assert float((by_hand - wanted[1][: len(clean)]).abs().amax()) > 1e-2
-    torch.testing.assert_close(found, by_hand, rtol=1e-3, atol=1e-4)
+    assert float(effects_by_hand(model, hand.logits, graph.edges).amax()) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -162,21 +178,11 @@ def test_edges_of_a_bridge_whose_outputs_are_scaled(tmp_path: Path) -> None:
 # --- rows of all examples, readouts of several layers ---------------------------------------------
 
 
-def check_some(model: HookedModel, by_hand: Callable[[str, str], Tensor], some: Any) -> None:
+def check_some(
+    model: HookedModel, by_hand: Callable[[str, str], Tensor], some: Sequence[Edge]
+) -> None:
     """No edges and all edges are the runs themselves, and some edges what they are by hand."""
-    graph = edge_graph(model)
-    clean, corrupted = drawn()
-    (pair,) = (runs := Runs(graph, pairs(model, clean, corrupted, weighed))).pairs()
-    n, at = len(graph), [graph.edges.index(edge) for edge in some]
-    none, full = runs.patched(pair, torch.stack([torch.ones(n), torch.zeros(n)]))
-    wanted = [weighed(model.logits(t.repeat(2, 1))).double() for t in (corrupted, clean)]
-    assert torch.equal(none, wanted[0][: len(none)])
-    assert torch.equal(full, wanted[1][len(none) :])
-    found = runs.patched(pair, torch.eye(n)[at])
-    with torch.no_grad():
-        made = torch.stack([weighed(by_hand(*edge)) for edge in some]).double()
-    assert bool(((made - wanted[1][: len(clean)]).abs().amax(1) > 1e-3).all())
-    torch.testing.assert_close(found, made, rtol=1e-3, atol=1e-4)
+    assert bool((effects_by_hand(model, by_hand, some) > 1e-3).all())
 
 
 def note(seen: dict[str, Tensor], name: str) -> Any:

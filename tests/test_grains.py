@@ -28,6 +28,7 @@ from circuits.tasks import Task
 from circuits.tasks.builtin import load_task
 from circuits.tasks.task import default_metric
 from tests.commands import output
+from tests.edge_checks import check_ends
 from tests.edge_oracle import Network, Oracle, See, TransformerEdges, Values, as_it_is, last_logits
 from tests.plain_transformer import Edge
 from tests.test_discovery import LAST, METHODS, OWN, weighed
@@ -87,19 +88,6 @@ def close(scores: EdgeScores, wanted: Tensor) -> None:
     assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 
-def the_runs_themselves(graph: StreamGraph, task: Task) -> None:
-    """All edges patched are the other run and none the clean one, to the bit."""
-    (pair,) = (runs := Runs(graph, task)).pairs()
-    assert pair.part.counterparts is not None
-    none, full = runs.patched(pair, torch.stack([torch.ones(len(graph)), torch.zeros(len(graph))]))
-    clean, corrupted = (
-        weighed(graph.model.logits(tokens.repeat(2, 1))).double()
-        for tokens in (pair.part.inputs, pair.part.counterparts)
-    )
-    assert torch.equal(none, corrupted[: len(none)])
-    assert torch.equal(full, clean[len(none) :])
-
-
 # --- spans of positions --------------------------------------------------------------------------
 
 
@@ -116,7 +104,7 @@ def test_circuits_of_spans_carry_what_their_definition_says(
     spanned: tuple[StreamGraph, Task, Oracle],
 ) -> None:
     graph, task, oracle = spanned
-    the_runs_themselves(graph, task)
+    check_ends(graph, task, weighed)
     (pair,) = (runs := Runs(graph, task)).pairs()
     off = (torch.rand(5, len(graph), generator=torch.Generator().manual_seed(2)) < 0.5).float()
     off[4] = 0.3
@@ -341,7 +329,7 @@ def test_circuits_of_neurons_and_latents_carry_what_their_definition_says(
     split: tuple[StreamGraph, Task, Oracle],
 ) -> None:
     graph, task, oracle = split
-    the_runs_themselves(graph, task)
+    check_ends(graph, task, weighed)
     (pair,) = (runs := Runs(graph, task)).pairs()
     off = (torch.rand(3, len(graph), generator=torch.Generator().manual_seed(2)) < 0.5).float()
     off[2] = 0.3
@@ -449,7 +437,7 @@ def test_parts_of_a_traced_model(name: str, site: str) -> None:
     graph = edge_graph(model, neurons="0", latents=["code:1,3,4"])
     assert isinstance(graph, StreamGraph)
     task = pairs(model, *drawn(), weighed)
-    the_runs_themselves(graph, task)
+    check_ends(graph, task, weighed)
     whole = edge_graph(model)
     (one,) = (runs := Runs(graph, task)).pairs()
     (other,) = (whole_runs := Runs(whole, task)).pairs()

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from circuits.discovery import EdgeScores, Runs, edge_graph, score_edges
 from circuits.discovery.grouped import SharedHeads
-from circuits.discovery.searching import values_of
 from circuits.discovery.streams import BY_HEAD, StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.tasks import Task
+from tests.edge_checks import check_circuits, check_ends
 from tests.edge_oracle import Frozen, Oracle, TransformerEdges, last_logits
 from tests.plain_transformer import Plain
 from tests.test_discovery import LAST, weighed
@@ -96,12 +96,7 @@ def test_circuits_of_head_keys_are_those_of_the_ungrouped_model(
 ) -> None:
     graph, task, _ = case
     some = np.random.default_rng(0).random((7, len(graph))) < 0.5
-    wanted = [
-        oracle.circuit([e for e, kept in zip(graph.edges, row, strict=True) if kept])
-        for row in some
-    ]
-    found = torch.from_numpy(values_of(Runs(graph, task), list(some)))
-    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-5)
+    check_circuits(Runs(graph, task), oracle, some)
     half = torch.full((2, len(graph)), 0.3)
     (pair,) = (runs := Runs(graph, task)).pairs()
     made = runs.patched(pair, half)
@@ -113,15 +108,8 @@ def test_no_edges_are_the_corrupted_run_and_all_edges_the_clean_one_to_the_bit(
     case: tuple[StreamGraph, Task, Plain],
 ) -> None:
     graph, task, _ = case
-    (pair,) = (runs := Runs(graph, task)).pairs()
-    none, full = runs.patched(pair, torch.stack([torch.ones(len(graph)), torch.zeros(len(graph))]))
-    rows = graph.rows(graph.slopes)
-    assert rows == 2
-    clean, corrupted = (
-        weighed(graph.model.logits(tokens.repeat(2 * rows, 1))).double() for tokens in drawn()
-    )
-    assert torch.equal(none, corrupted[: len(none)])
-    assert torch.equal(full, clean[-len(none) :])
+    assert graph.rows(graph.slopes) == 2
+    check_ends(graph, task, weighed)
 
 
 def test_to_first_order_the_edge_of_a_group_is_the_sum_of_its_heads() -> None:

@@ -23,6 +23,7 @@ from circuits.tasks.images import ImagePairs
 from circuits.tasks.metrics import UnitActivation
 from circuits.units import Unit, Units
 from tests.conftest import seeded
+from tests.edge_checks import both_ends
 from tests.test_channel_graph import Part, by_hand, net, runs_by_hand, task_of
 
 GROUPS = {
@@ -60,16 +61,19 @@ def test_a_groups_edge_is_those_of_its_channels_off_together(name: str) -> None:
     assert sum(int(graph.members(e).sum()) for e in range(len(graph))) == len(inner)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_none_off_is_the_clean_run_and_all_off_the_other_to_the_bit(name: str) -> None:
-    graph, _ = grouped(name)
-    task = task_of(graph.model)
-    (pair,) = (runs := Runs(graph, task)).pairs()
-    n = len(graph)
-    none, full = runs.patched(pair, torch.stack([torch.ones(n), torch.zeros(n)]))
+def check_runs(runs: Runs) -> None:
+    """Every edge patched is the corrupted run of images, and none the clean one, to the bit."""
+    (pair,) = runs.pairs()
+    none, full = both_ends(runs)
     assert pair.corrupted is not None
     assert torch.equal(full, runs.value(pair.intact, pair.intact)[0])
     assert torch.equal(none, runs.value(pair.corrupted, pair.intact)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_none_off_is_the_clean_run_and_all_off_the_other_to_the_bit(name: str) -> None:
+    graph, _ = grouped(name)
+    check_runs(Runs(graph, task_of(graph.model)))
 
 
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"])
@@ -305,11 +309,7 @@ def test_offsets_add_up_to_the_kernel(name: str) -> None:
     graph, whole = edge_graph(model, offsets=True), edge_graph(model)
     task = task_of(model)
     (pair,) = (runs := Runs(graph, task)).pairs()
-    n = len(graph)
-    none, full = runs.patched(pair, torch.stack([torch.ones(n), torch.zeros(n)]))
-    assert pair.corrupted is not None
-    assert torch.equal(full, runs.value(pair.intact, pair.intact)[0])
-    assert torch.equal(none, runs.value(pair.corrupted, pair.intact)[0])
+    check_runs(runs)
     # All offsets of an edge off are the edge off.
     at = [whole.index((s, t.rpartition("@")[0])) for s, t in graph.edges]
     single = Runs(whole, task)

@@ -18,9 +18,10 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.zoo.loading import load_model
 from circuits.tasks import Task
+from tests.edge_checks import check_ends
 from tests.edge_oracle import Oracle, See, TransformerEdges, Values, as_it_is, last_logits
 from tests.test_discovery import LAST, METHODS, OWN, weighed
-from tests.test_grains import close, the_runs_themselves
+from tests.test_grains import close
 from tests.test_paths import drawn, gpt2_like, llama_like, pairs
 
 
@@ -99,7 +100,7 @@ def test_circuits_of_neurons_carry_what_their_definition_says(
     case: tuple[StreamGraph, Task, Any], oracle: Oracle
 ) -> None:
     graph, task, _ = case
-    the_runs_themselves(graph, task)
+    check_ends(graph, task, weighed)
     (pair,) = (runs := Runs(graph, task)).pairs()
     off = (torch.rand(4, len(graph), generator=torch.Generator().manual_seed(2)) < 0.5).float()
     off[2] = 0.3
@@ -168,7 +169,7 @@ def test_neurons_of_a_traced_model_as_targets(name: str) -> None:
     graph = edge_graph(model, neurons="0", neuron_targets="all")
     assert isinstance(graph, StreamGraph)
     task = pairs(model, *drawn(), weighed)
-    the_runs_themselves(graph, task)
+    check_ends(graph, task, weighed)
     # All neurons of an MLP given another run's part are the MLP given it.
     (one,) = (runs := Runs(graph, task)).pairs()
     (other,) = (whole_runs := Runs(whole := edge_graph(model), task)).pairs()
@@ -191,7 +192,7 @@ def test_neurons_as_targets_at_spans_and_their_names() -> None:
     task = pairs(model, *drawn(), weighed)
     graph = edge_graph(model, neurons="1", neuron_targets="0-1", spans="0,1-3,4-")
     assert isinstance(graph, StreamGraph)
-    the_runs_themselves(graph, task)
+    check_ends(graph, task, weighed)
     coarse = edge_graph(model, neurons="1", neuron_targets="all")
     total = dict.fromkeys(coarse.edges, 0.0)
     for (source, target), score in zip(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,28 +14,26 @@ import numpy as np
 from typer import Typer
 
 from circuits.cli import options
+from circuits.cli.finding import Ablating, Evidence, Finding, Keeping, Other, Random, Shift
 from circuits.cli.grains import Grain
 from circuits.cli.output import note as say_before
-from circuits.cli.signatures import Within, argument, command, not_empty, option
+from circuits.cli.signatures import Within, argument, command, option
 from circuits.discovery.comparing import compare_circuits
 from circuits.discovery.contrasts import contrast
 from circuits.discovery.evaluating import evaluate as evaluated
-from circuits.discovery.finding import CheckOn, usual_size
 from circuits.discovery.finding import discover as found_circuit
+from circuits.discovery.finding import usual_size
 from circuits.discovery.formats import SUFFIXES, check_writable, read_edges, write_edges
 from circuits.discovery.found import check_not_found_on, edges_of, graph_of, parts_in, parts_of
-from circuits.discovery.graphs import LIMIT, Edge, EdgeGraph
-from circuits.discovery.pairs import LARGEST
-from circuits.discovery.results import EdgeScores, Ranking
-from circuits.discovery.runs import Ablation
-from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
-from circuits.discovery.searching import Mask, Search, check_size
+from circuits.discovery.graphs import LIMIT, Edge, EdgeGraph, Mask
+from circuits.discovery.results import EdgeScores
+from circuits.discovery.scoring import Method, score_edges
+from circuits.discovery.searching import check_size
 from circuits.discovery.searching import top as strongest_edges
 from circuits.discovery.series import compare_models
 from circuits.discovery.shuffled import BesideShuffled
 from circuits.discovery.stored import Cost
 from circuits.experiments import N_RANDOM
-from circuits.experiments.patched_runs import Direction
 from circuits.files import keeping, make_now
 from circuits.graph.circuit import CircuitGraph
 from circuits.graph.saved import load_circuit, save_circuit
@@ -47,23 +45,6 @@ from circuits.workspace import Workspace
 
 app = Typer()
 
-Ablating = Annotated[Ablation, option(
-    "What edges outside the circuit carry: what they carry on each example's counterpart, or on another example of its "
-    "length (resample); their mean over examples and positions, at each position of texts of one length "
-    "(mean-by-position), or that over the examples of one template and length (mean-by-template); constants that are "
-    "learned for the circuit on the find half (optimal); or nothing (zero)."
-)]  # fmt: skip
-Shift = Annotated[int, option(
-    "By how many positions to roll the counterpart's position embedding, so that positions differ too.",
-    check=Within(-1000, 1000),
-)]  # fmt: skip
-Other = Annotated[str, option(
-    "Further saved circuits of the model to compare with, such as another task's: their names, separated by commas."
-)]  # fmt: skip
-Random = Annotated[int, option(
-    "How many random circuits of the same size, layers and kinds of parts to compare with.", check=Within(0)
-)]  # fmt: skip
-
 
 @command(app)
 def discover(
@@ -71,123 +52,44 @@ def discover(
     task: options.CounterpartTask,
     grain: Grain,
     output: options.FigureOutput,
-    method: Annotated[Method, option(
-        "How to score edges: by patching each (exact), by gradients (eap, eap-ig, eap-ig-activations, "
-        "clean-corrupted, relp), or, for comparison, by sizes (weights, activations) or at random."
-    )] = "eap-ig",
-    search: Annotated[Search, option(
-        "How to choose edges: the highest scores (top), grown backwards from the output (greedy), from three times as "
-        "many by exact effects (refine), from all, dropping what is not needed (acdc), or by learning a mask over all "
-        "edges (pruning)."
-    )] = "greedy",
-    size: Annotated[int | None, option(
-        "How many edges to keep. By default 50, or a quarter of a small model's.", check=Within(1)
-    )] = None,
-    threshold: Annotated[float | None, option(
-        "With --search acdc: how much worse the metric may get by dropping an edge.", check=Within(0)
-    )] = None,
-    ranking: Annotated[Ranking, option("Rank edges by the size of their scores, or by sign.")] = "absolute",
-    direction: Annotated[Direction, option(
-        "With --method exact: patch the clean run (noising) or the corrupted one (denoising)."
-    )] = "noising",
-    steps: Annotated[int, option("The number of steps of integrated gradients.", check=Within(1))] = STEPS,
-    rule: Annotated[Rule, option(
-        "Where in each step the gradient is taken; left is what the authors of EAP-IG do."
-    )] = "midpoint",
-    ablation: Ablating = "counterpart",
-    shift: Shift = 0,
-    check: Annotated[int | None, option(
-        "How many edges to patch exactly, to check approximate scores; 0 for none. By default 60.", check=Within(0)
-    )] = None,
-    check_on: Annotated[CheckOn, option(
-        "The half of the examples on which they are patched: that which was scored (find), or the other (test)."
-    )] = "find",
-    shuffled: Annotated[bool, option(
-        "Also do the same in the model with shuffled weights (the numbers of each tensor permuted), and show both.",
-        "--shuffled",
-    )] = False,
-    random: Random = N_RANDOM,
-    rankings: Annotated[int, option(
-        "How many random rankings of all edges to compare the curve by size with.", "--random-rankings",
-        check=Within(0),
-    )] = 10,
-    other: Other = "",
-    truth: Annotated[str, option(
-        "A saved circuit whose edges are known to be true, to see how well the scores find them. Of models with "
-        "weights written by hand they are known."
-    )] = "",
-    pairs: Annotated[int, option(
-        "How many of the strongest edges to patch two at a time, to tell redundant pairs from those that work only "
-        "together: at least 2, or 0 for none.",
-        check=Within(0, LARGEST),
-    )] = 0,
-    alternatives: Annotated[int, option(
-        "How many further circuits to look for that are as good and share as few edges as possible.",
-        check=Within(0, 20),
-    )] = 0,
-    pruning_steps: Annotated[int | None, option(
-        "With --search pruning: how often the mask is changed. By default 300.", check=Within(1)
-    )] = None,
-    save: Annotated[str | None, option(
-        "Save the circuit under this name; work that is stopped then goes on later.", check=not_empty
-    )] = None,
-    scores: Annotated[str | None, option(
-        "Write the scores of all edges, and which are in the circuit, to this .json or .pt file, as MIB and EAP-IG do.",
-        check=not_empty,
-    )] = None,
-    note: options.Note = "",
+    how: Finding,
+    evidence: Evidence,
+    kept: Keeping,
     top: options.Top = options.TOP,
     seed: options.Seed = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Find the circuit of a task: score edges, search on one half of the examples, evaluate on the other."""
-    place = model.place.writable() if save else model.place
+    place = model.place.writable() if kept.save else model.place
     loaded = model.load()
     asked = task.compile(loaded, seed)
-    further = _others(model.place, loaded, other)
-    known = _others(model.place, loaded, truth)
+    further = _others(model.place, loaded, evidence.other)
+    known = _others(model.place, loaded, evidence.truth)
     graph = grain.graph(loaded, asked, _all_edges(further | known))
     masks, right = _masks(graph, further), next(iter(_masks(graph, known).values()), None)
-    if scores:
-        check_writable(scores, graph)
-    settings: dict[str, Any] = {
-        "search": search, "size": size, "threshold": threshold, "ranking": ranking, "direction": direction,
-        "steps": steps, "rule": rule, "ablation": ablation, "shift": shift, "check": check, "check_on": check_on,
-        "pruning_steps": pruning_steps, "n_random": random, "n_curves": rankings, "pairs": pairs,
-        "alternatives": alternatives,
-    }  # fmt: skip
+    if kept.scores:
+        check_writable(kept.scores, graph)
+    settings: dict[str, Any] = asdict(how) | evidence.settings
     keep, folder = make_now, None
     if len(graph) > LIMIT:
         say_before(str(Cost.of(len(graph), len(asked.find))))
-    if save:
-        compared = {name: edges_of(c) for name, c in further.items()}
+    if kept.save:
         own = {
-            "method": method,
-            "graph": dict(graph.choices),
-            "other": compared,
-            "truth": _all_edges(known),
-        }
-        folder = _work(place, loaded, asked, own | settings)
+            "graph": dict(graph.choices), "truth": _all_edges(known),
+            "other": {name: edges_of(circuit) for name, circuit in further.items()},
+        }  # fmt: skip
+        folder = _work_folder(place, loaded, asked, own | settings)
         keep = keeping(folder)
     with output.stages() as stage:
         found = found_circuit(
-            graph,
-            asked,
-            method,
-            seed=seed,
-            stage=stage,
-            keep=keep,
-            folder=folder,
-            other=masks,
-            truth=right,
-            **settings,
-        )
-    if scores:
-        write_edges(scores, graph, found.scores.mean, graph.mask(edges_of(found.circuit)))
-    if save:
-        save_circuit(place.database, save, found.circuit, note)
+            graph, asked, seed=seed, stage=stage, keep=keep, folder=folder, other=masks, truth=right, **settings
+        )  # fmt: skip
+    if kept.scores:
+        write_edges(kept.scores, graph, found.scores.mean, graph.mask(edges_of(found.circuit)))
+    if kept.save:
+        save_circuit(place.database, kept.save, found.circuit, kept.note)
         model.register(loaded)
     output.draw(lambda figures: figures.faithfulness_figure(found.evaluation))
-    if not shuffled:
+    if not evidence.shuffled:
         output.show(found, found.tables(top))
         return
     # Before the second search, which takes as long as the first.
@@ -195,14 +97,18 @@ def discover(
     less: dict[str, Any] = settings | {"alternatives": 0, "pairs": 0}
     twin = randomized(loaded, seed)
     with output.stages() as stage:
-        less["stage"] = lambda name: stage(f"{name}, shuffled weights")
         again = task.compile(twin, seed)
-        null = found_circuit(grain.graph(twin, again), again, method, seed=seed, **less)
+        null = found_circuit(
+            grain.graph(twin, again), again, seed=seed, stage=lambda name: stage(f"{name}, shuffled weights"),
+            **less,
+        )  # fmt: skip
     both = BesideShuffled(found, null)
     output.show(both, both.compared())
 
 
-def _work(place: Workspace, model: HookedModel, task: Task, settings: Mapping[str, Any]) -> Path:
+def _work_folder(
+    place: Workspace, model: HookedModel, task: Task, settings: Mapping[str, Any]
+) -> Path:
     """The folder of the workspace that keeps the numbers of each batch, for this very work."""
     said = json.dumps([model.hash, task.hash, task.seed, dict(settings)], sort_keys=True)
     digest = hashlib.sha256(said.encode()).hexdigest()[:16]
@@ -236,46 +142,32 @@ def evaluate(
     loaded = model.load()
     asked = task.compile(loaded, seed)
     more = _others(model.place, loaded, other)
-    is_file = Path(circuit).suffix in SUFFIXES
-    if is_file:
+    if Path(circuit).suffix in SUFFIXES:
         if version is not None:
             raise ValueError(
                 f"--version {version} belongs to saved circuits; {circuit!r} is a file"
             )
         graph = grain.graph(loaded, asked, _all_edges(more))
         kept, scores = _of_file(circuit, graph, asked.test, size)
+    elif size is not None:
+        raise ValueError(
+            f"--size {size} belongs to a file with scores; {circuit!r} is a saved circuit"
+        )
     else:
-        if size is not None:
-            raise ValueError(
-                f"--size {size} belongs to a file with scores; {circuit!r} is a saved circuit"
-            )
-        if grain != Grain():
-            raise ValueError(
-                f"circuit {circuit!r} says between which parts it was found: options of parts belong to files"
-            )
         saved = _saved(model.place, loaded, circuit, version)
-        graph = graph_of(saved, loaded)
+        graph, scores = _graph_of(saved, circuit, loaded, grain), None
         check_not_found_on(saved, asked.test)
-        kept, scores = graph.mask(edges_of(saved)), None
+        kept = graph.mask(edges_of(saved))
     masks = _masks(graph, more)
     with output.stages() as stage:
         learning, progress = (
             begun_later(partial(stage, name)) for name in ("optimal constants", "evaluation")
         )
         made = evaluated(
-            graph,
-            asked.test,
-            kept,
-            scores=scores,
-            find=asked.find if ablation == "optimal" else None,
-            ablation=ablation,
-            shift=shift,
-            others=masks,
-            n_random=random,
-            seed=seed,
-            progress=progress,
+            graph, asked.test, kept, scores=scores, find=asked.find if ablation == "optimal" else None,
+            ablation=ablation, shift=shift, others=masks, n_random=random, seed=seed, progress=progress,
             learning=learning,
-        )
+        )  # fmt: skip
     output.show(made, made.tables(top))
     output.draw(lambda figures: figures.faithfulness_figure(made))
 
@@ -310,13 +202,9 @@ def compare(
         )
     loaded = model.load()
     if circuit:
-        if grain != Grain():
-            raise ValueError(
-                "saved circuits say between which parts they were found: leave out options of parts"
-            )
         one, other = (_saved(model.place, loaded, name) for name in (circuit, another))
-        graph = graph_of(one, loaded)
-        _masks(graph, {another: other})
+        graph = _graph_of(one, circuit, loaded, grain)
+        _masks(graph, {another: other})  # refused if it was found between other parts
         made = compare_circuits(edges_of(one), edges_of(other), len(graph))
         output.show(made, made.tables(top))
         return
@@ -385,6 +273,19 @@ def _saved(
     circuit = load_circuit(place.database, name, model.hash, version)
     edges_of(circuit)
     return circuit
+
+
+def _graph_of(circuit: CircuitGraph, name: str, model: HookedModel, grain: Grain) -> EdgeGraph:
+    """The graph in which a saved circuit was found.
+
+    Raises:
+        ValueError: if options of parts were given, which the circuit says itself.
+    """
+    if grain != Grain():
+        raise ValueError(
+            f"circuit {name!r} says between which parts it was found: leave out options of parts"
+        )
+    return graph_of(circuit, model)
 
 
 def _all_edges(circuits: Mapping[str, CircuitGraph]) -> tuple[Edge, ...]:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.runs import Runs
 from circuits.discovery.scoring import exact
-from circuits.experiments.statistics import Interval, mean_ps, percentiles
+from circuits.experiments.statistics import UNKNOWN, Interval, mean_ps, percentiles
 from circuits.files import finite
 from circuits.progress import Progress
 
@@ -235,9 +235,16 @@ def _compared(
         float(weights[clear].sum() ** 2 / (weights[clear] ** 2).sum()) if clear.any() else 0.0
     )
     if clear.sum() < _LEAST:
-        none = Interval(float("nan"), float("nan"), float("nan"))
         return Agreement(
-            way, int(clear.sum()), by_chance, effective, none, none, float("nan"), 0, float("nan")
+            way,
+            int(clear.sum()),
+            by_chance,
+            effective,
+            UNKNOWN,
+            UNKNOWN,
+            float("nan"),
+            0,
+            float("nan"),
         )
     a, b, w = own[clear], mean[clear], weights[clear]
     same = np.sign(a) == np.sign(b)

@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Float
 
 from circuits.discovery.comparing import chance_jaccard, jaccard, shared
-from circuits.discovery.evaluating import faithfulness_of
-from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.evaluating import faithfulness_of, share_of_effect
+from circuits.discovery.graphs import Edge, EdgeGraph, Mask
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.runs import Runs
-from circuits.discovery.searching import Mask, values_of
+from circuits.discovery.searching import extremes, values_of
 from circuits.discovery.stability import Choose
 from circuits.experiments.statistics import Interval
 from circuits.files import finite
@@ -181,21 +181,16 @@ def find_alternatives(
     """
     if k < 1:
         raise ValueError(f"alternatives {k}: expected at least 1")
-    empty, full = np.zeros(len(circuit), bool), np.ones(len(circuit), bool)
-    none, whole, own = values_of(find, [empty, full, circuit]).mean(1).tolist()
-    if whole == none:
+    empty, full, own = values_of(find, [*extremes(len(circuit)), circuit]).mean(1).tolist()
+    if full == empty:
         raise ValueError(
             "alternatives: removing every edge changes nothing on the find half, so no circuit is better than another"
         )
-
-    def faithful(value: float) -> float:
-        return (value - none) / (whole - none)
-
-    found, on_find = [circuit], [faithful(own)]
+    found, on_find = [circuit], [share_of_effect(own, empty, full)]
     for number in range(k):
         used = np.any(found, axis=0)
         tried = [choose(np.where(used, w * worth, worth)) for w in WEIGHTS]
-        made = [faithful(v) for v in values_of(find, tried).mean(1).tolist()]
+        made = share_of_effect(values_of(find, tried).mean(1), empty, full).tolist()
         good = [
             (max(shared(mask, other) for other in found), i)
             for i, (mask, f) in enumerate(zip(tried, made, strict=True))
@@ -220,8 +215,7 @@ def _judged(
     ways = [(a, b) for a in range(len(found)) for b in range(len(found)) if a != b]
     joined = [_joined(graph, found[a], found[b]) for a, b in ways]
     random = [_joined(graph, found[a], random_circuit(graph, found[b], rng)) for a, b in ways]
-    empty, full = np.zeros(len(core), bool), np.ones(len(core), bool)
-    circuits = [empty, full, *found, core, union]
+    circuits = [*extremes(len(core)), *found, core, union]
     extra = [mask for group in (*joined, *random) for mask in group]
     values = values_of(test, [*circuits, *extra])
     none, whole, *own = values[: len(circuits)]

@@ -17,7 +17,10 @@ from circuits.models.adapter.topology import INPUT
 from circuits.models.paths.channels import ChannelFlow
 from circuits.units import Site, Units
 
-Masks = dict[Value, Bool[Tensor, " _"]]
+ChannelMask = Bool[Tensor, " _"]
+"""True for the channels of a value that are meant."""
+
+ChannelMasks = dict[Value, ChannelMask]
 """Some channels of some values."""
 
 
@@ -38,7 +41,7 @@ class ChannelNames:
 
     # --- what a person names ---------------------------------------------------------------------
 
-    def resolve(self, units: Units) -> tuple[Masks, Masks]:
+    def resolve(self, units: Units) -> tuple[ChannelMasks, ChannelMasks]:
         """The targets and the sources that some units of a site stand for.
 
         Raises:
@@ -48,7 +51,7 @@ class ChannelNames:
         flow = self.flow
         value, site = self._shown(units.site)
         wanted = torch.tensor(units.among(site))
-        targets, sources = Masks(), Masks()
+        targets, sources = ChannelMasks(), ChannelMasks()
         if value in flow.targets:
             self._alias(value, wanted, units, wanted)
             _add(targets, value, flow, wanted)
@@ -93,8 +96,8 @@ class ChannelNames:
             if channel >= 0:
                 self._asked.setdefault((value, channel), f"{units.site}:{index}")
 
-    def _fed(self, targets: Mapping[Value, Tensor]) -> Masks:
-        found = Masks()
+    def _fed(self, targets: Mapping[Value, Tensor]) -> ChannelMasks:
+        found = ChannelMasks()
         for source in self.read:
             for target, table in self.flow.computed_from(source).items():
                 if target in targets:
@@ -273,6 +276,6 @@ class ChannelNames:
         return found
 
 
-def _add(found: Masks, value: Value, flow: ChannelFlow, channels: Tensor) -> None:
+def _add(found: ChannelMasks, value: Value, flow: ChannelFlow, channels: Tensor) -> None:
     mask = found.setdefault(value, torch.zeros(flow.n_channels(value), dtype=torch.bool))
     mask[channels] = True

@@ -10,14 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.discovery.channel_names import ChannelNames
+from circuits.discovery.channel_names import ChannelMask, ChannelMasks, ChannelNames
 from circuits.models.adapter.program import Value
 from circuits.models.paths.channels import ChannelFlow, ChannelPath, Layer, followed
 from circuits.units import Units
 
 # --- which channels ----------------------------------------------------------------------------------
-
-Mask = Bool[Tensor, " _"]
 
 
 @dataclass(eq=False)
@@ -31,10 +29,10 @@ class Kept:
         complete: for each target value whether all that a channel reads is in the graph.
     """
 
-    targets: dict[Value, Mask] = field(default_factory=dict)
-    sources: dict[Value, Mask] = field(default_factory=dict)
+    targets: ChannelMasks = field(default_factory=dict)
+    sources: ChannelMasks = field(default_factory=dict)
     tables: dict[Value, dict[Value, Bool[Tensor, "_ _"]]] = field(default_factory=dict)
-    complete: dict[Value, Mask] = field(default_factory=dict)
+    complete: ChannelMasks = field(default_factory=dict)
 
     @property
     def n_edges(self) -> int:
@@ -77,12 +75,12 @@ def chosen_channels(
     return kept
 
 
-def _join(found: dict[Value, Mask], more: Mapping[Value, Mask]) -> None:
+def _join(found: ChannelMasks, more: Mapping[Value, ChannelMask]) -> None:
     for value, mask in more.items():
         found[value] = found[value] | mask if value in found else mask
 
 
-def _full(flow: ChannelFlow, value: Value) -> Mask:
+def _full(flow: ChannelFlow, value: Value) -> ChannelMask:
     return torch.ones(flow.n_channels(value), dtype=torch.bool)
 
 
@@ -171,7 +169,7 @@ def _ends(path: ChannelPath, flow: ChannelFlow) -> tuple[Tensor, Tensor]:
     return followed(path.after, len(path.layer.weight)), layer_in
 
 
-def _prune(flow: ChannelFlow, kept: Kept, wanted: Mapping[Value, Mask]) -> None:
+def _prune(flow: ChannelFlow, kept: Kept, wanted: Mapping[Value, ChannelMask]) -> None:
     """Leave out channels without edges, and those in between that lead nowhere."""
     used = {v: torch.zeros_like(mask) for v, mask in kept.sources.items()}
     useful = {v: mask.clone() for v, mask in wanted.items()}

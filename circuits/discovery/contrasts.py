@@ -17,8 +17,9 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from circuits.discovery.comparing import chance_jaccard, shared
-from circuits.discovery.results import EdgeScores, ranked
-from circuits.experiments.statistics import Interval, ends, totals
+from circuits.discovery.graphs import mask_of
+from circuits.discovery.results import EdgeScores
+from circuits.experiments.statistics import Interval, ends, mean_intervals, totals
 from circuits.files import finite
 from circuits.tables import Table, between
 
@@ -158,11 +159,7 @@ def contrast(
     edges = _changes([" -> ".join(e) for e in first.edges], one, other, paired, seed)
     by_part = [_Side(side.sums @ member.T, side.effect) for side in (one, other)]
     parts = _changes([*known], by_part[0], by_part[1], paired, seed)
-    strongest = []
-    for scores in (first, second):
-        mask = np.zeros(len(scores.edges), bool)
-        mask[ranked(scores.worth())[:size]] = True
-        strongest.append(mask)
+    strongest = [mask_of(len(sources), s.order(n=size)) for s in (first, second)]
     return Contrast(
         names[0], names[1], paired, rank_correlation(first.mean, second.mean),
         (shared(*strongest), chance_jaccard(size, size, len(sources))), size, edges, parts, seed,
@@ -188,13 +185,11 @@ def _side(scores: EdgeScores, name: str) -> _Side:
         raise ValueError(
             f"{name}: one independent example says nothing about chance; expected 2 or more"
         )
-    drawn = np.random.default_rng(scores.record.seed).multinomial(n, np.full(n, 1 / n), DRAWS)
-    own = Interval.of(float(change.mean()), (drawn @ sums[-1]) / (drawn @ counts), n)
-    low, high = own.low, own.high
-    if low <= 0 <= high:
+    (own,) = mean_intervals(change[None], scores.clusters, scores.record.seed)
+    if not own.clear:
         raise ValueError(
-            f"{name}: removing every edge moves {scores.metric} by {change.mean():.3g} (95 % interval "
-            f"{between(low, high)}), which cannot be told from 0, so no edge has a share of it"
+            f"{name}: removing every edge moves {scores.metric} by {own.value:.3g} (95 % interval "
+            f"{between(own.low, own.high)}), which cannot be told from 0, so no edge has a share of it"
         )
     return _Side(sums[:-1].T, sums[-1])
 

@@ -13,29 +13,36 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from circuits.discovery.comparing import shared
-from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.graphs import Edge, EdgeGraph, Mask
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.optimal import learn_constants
 from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
-from circuits.discovery.searching import Masks, values_of
+from circuits.discovery.searching import Masks, extremes, first_connected, values_of
 from circuits.examples import BATCH
 from circuits.experiments import N_RANDOM
 from circuits.experiments.outcomes import Record
 from circuits.experiments.running import MEMORY
-from circuits.experiments.statistics import Interval, least_p, n_clusters, resampled
+from circuits.experiments.statistics import (
+    UNKNOWN,
+    Interval,
+    least_p,
+    mean_intervals,
+    n_clusters,
+    resampled,
+)
 from circuits.files import Keep, finite, make_now
 from circuits.progress import Progress
 from circuits.tables import Table, between, spread
 from circuits.tasks.task import Task
 
-Mask = Bool[np.ndarray, " edge"]
+Mean = TypeVar("Mean", float, np.ndarray)
 
 FAITHFUL = 0.9
 """The faithfulness at which a circuit counts as enough."""
@@ -71,6 +78,17 @@ def log_mean(sizes: Sequence[int], values: Float[np.ndarray, " size"]) -> float:
     return float(np.trapezoid(values, at) / (at[-1] - at[0]))
 
 
+def share_of_effect(value: Mean, empty: float | Mean, full: float | Mean) -> Mean:
+    """(m(C) - m(0)) / (m(N) - m(0)): faithfulness, of mean metrics, or of several at once.
+
+    Args:
+        value: the mean metric of a circuit, or of each of some.
+        empty: that of no edges.
+        full: that of all edges, which must not be the same.
+    """
+    return (value - empty) / (full - empty)
+
+
 def faithfulness_of(
     values: Float[np.ndarray, " example"],
     empty: Float[np.ndarray, " example"],
@@ -88,10 +106,9 @@ def faithfulness_of(
         seed: of the resamples.
     """
     rows = np.stack([values, empty, full])
-    own, none, whole = rows.mean(1)
     drawn = resampled(rows, clusters=clusters, seed=seed).T
-    ratios = (drawn[0] - drawn[1]) / (drawn[2] - drawn[1])
-    return Interval.of(float((own - none) / (whole - none)), ratios, n_clusters(clusters))
+    own = float(share_of_effect(*rows.mean(1)))
+    return Interval.of(own, share_of_effect(*drawn), n_clusters(clusters))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +127,7 @@ class Curve:
 
     def faithfulness(self, empty: float, full: float) -> Float[np.ndarray, " size"]:
         """f at each size."""
-        return (self.values.mean(1) - empty) / (full - empty)
+        return share_of_effect(self.values.mean(1), empty, full)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +190,7 @@ class Evaluation:
     @property
     def defined(self) -> bool:
         """Whether faithfulness means something: the model's own effect can be told from 0."""
-        return _is_clear(self.effect)
+        return self.effect.clear
 
     @property
     def undefined(self) -> str:
@@ -188,7 +205,7 @@ class Evaluation:
     def ratio(self, values: Float[np.ndarray, " example"]) -> Interval:
         """A faithfulness with its interval."""
         if not self.defined:
-            return Interval(float("nan"), float("nan"), float("nan"))
+            return UNKNOWN
         return faithfulness_of(values, self.empty, self.full, self.clusters, self.record.seed)
 
     @cached_property
@@ -206,10 +223,12 @@ class Evaluation:
         """f of each random circuit."""
         if not self.defined:
             return ()
-        return tuple(self._of(row) for row in self.random)
+        return tuple(share_of_effect(self.random.mean(1), *self._ends).tolist())
 
-    def _of(self, values: Float[np.ndarray, " example"]) -> float:
-        return float((values.mean() - self.empty.mean()) / (self.full.mean() - self.empty.mean()))
+    @property
+    def _ends(self) -> tuple[float, float]:
+        """The mean metric of no edges and of all."""
+        return float(self.empty.mean()), float(self.full.mean())
 
     @property
     def p_value(self) -> float:
@@ -229,7 +248,7 @@ class Evaluation:
     # --- by size ---------------------------------------------------------------------------------
 
     def _curve(self, curve: Curve) -> Float[np.ndarray, " size"]:
-        return curve.faithfulness(float(self.empty.mean()), float(self.full.mean()))
+        return curve.faithfulness(*self._ends)
 
     def by_size(self) -> list[tuple[int, int, float, tuple[float, ...]]]:
         """For each size: the edges asked for, the connected ones, f, and f of the random rankings."""
@@ -303,43 +322,52 @@ class Evaluation:
         })  # fmt: skip
 
     def tables(self, top: int = 20) -> Iterator[Table | str]:
-        """Faithfulness of the circuit and by size, with what random circuits reach."""
+        """Faithfulness of the circuit and by size, with what random circuits reach.
+
+        Args:
+            top: how many sizes are listed.
+        """
         if not self.defined:
             yield self.undefined
             return
-        f, c, n = self.faithfulness, self.complement_faithfulness, len(self.edges)
-        rows: list[tuple[Any, ...]] = [
-            ("circuit", n, f.value, between(f.low, f.high), self.p_value),
-            *(
-                []
-                if np.isnan(self.on_find)
-                else [("circuit, on the find half", n, self.on_find, "", "")]
-            ),
-            ("all other edges", self.n_edges - n, c.value, between(c.low, c.high), ""),
+        yield self._compared()
+        yield from self._remarks()
+        if self.curve is not None:
+            yield from self._listed_by_size(top)
+
+    def _compared(self) -> Table:
+        """The circuit's faithfulness next to that of what it is compared with."""
+
+        def row(name: str, n: int, f: Interval, p: float | str = "") -> tuple[Any, ...]:
+            return name, n, f.value, between(f.low, f.high), p
+
+        n, random = len(self.edges), self.random_faithfulness
+        rows = [row("circuit", n, self.faithfulness, self.p_value)]
+        if not np.isnan(self.on_find):
+            rows.append(("circuit, on the find half", n, self.on_find, "", ""))
+        rows.append(row("all other edges", self.n_edges - n, self.complement_faithfulness))
+        if random:
+            name = f"random circuits ({len(random)})"
+            rows.append((name, n, float(np.mean(random)), spread(random), ""))
+        rows += [
+            row(name, self.other_sizes[name], self.ratio(v)) for name, v in self.others.items()
         ]
-        if self.random_faithfulness:
-            words = f"random circuits ({len(self.random_faithfulness)})"
-            mean = float(np.mean(self.random_faithfulness))
-            rows.append((words, len(self.edges), mean, spread(self.random_faithfulness), ""))
-        for name, values in self.others.items():
-            f = self.ratio(values)
-            rows.append((name, self.other_sizes[name], f.value, between(f.low, f.high), ""))
         title = (
             f"faithfulness, {self.record.measured_on}, {self.ablation} ablation, {self.metric} "
             f"({self.empty.mean():.4g} without edges, {self.full.mean():.4g} intact), {len(set(self.clusters))} "
             f"independent examples, seed {self.record.seed}"
         )
-        yield Table(("of", "edges", "f", "95 % interval or range", "p"), rows, title)
+        return Table(("of", "edges", "f", "95 % interval or range", "p"), rows, title)
+
+    def _remarks(self) -> Iterator[str]:
+        """What is to be said of random circuits, of single examples, and of learned constants."""
         if self.random_faithfulness:
             same, alike, on_path = self.likeness
+            little = ": between its kinds of parts there are few other edges, so that p says little"
             yield (
                 f"random circuits have a mean Jaccard index of {alike:.2f} with the circuit, and {on_path:.0%} of "
                 f"their edges lie on a path; {same} of {len(self.random)} are the circuit itself"
-                + (
-                    ": between its kinds of parts there are few other edges, so that p says little"
-                    if same
-                    else ""
-                )
+                + (little if same else "")
             )
         quantiles = ", ".join(f"{q:.0%} {v:.3g}" for q, v in self.errors.items())
         yield f"circuit minus model, over examples ({self.unit or self.metric}): {quantiles}"
@@ -348,12 +376,14 @@ class Evaluation:
                 "removed edges carry constants that were learned for this circuit on the find half; they favour it "
                 "over the circuits that it is compared with, which carry the same"
             )
-        if self.curve is None:
-            return
-        some = _spread_out(self.by_size(), top)
+
+    def _listed_by_size(self, top: int) -> Iterator[Table | str]:
+        """The curve at some sizes, and what it comes to."""
+        rows = [
+            (n, k, own, spread(others)) for n, k, own, others in _spread_out(self.by_size(), top)
+        ]
         columns = ("edges", "connected", "f", "f of random rankings")
-        curve_rows = [(n, k, own, spread(others)) for n, k, own, others in some]
-        yield Table(columns, curve_rows, "faithfulness by size")
+        yield Table(columns, rows, "faithfulness by size")
         yield (
             f"CMD_log {self.cmd_log:.3g} (random rankings {spread(self.random_cmd_log)}; 0 is best); MIB's CMD "
             f"{self.cmd:.3g}, CPR {self.cpr:.3g} (capped at 1); smallest size with f >= {FAITHFUL}: "
@@ -371,21 +401,15 @@ def _spread_out(rows: list[Any], n: int) -> list[Any]:
 def _effect(
     empty: Float[np.ndarray, " example"], full: Float[np.ndarray, " example"], clusters: Sequence[int], seed: int
 ) -> Interval:  # fmt: skip
-    change = (full - empty)[None]
-    drawn = resampled(change, clusters=clusters, seed=seed)
-    return Interval.of(float(change.mean()), drawn[:, 0], n_clusters(clusters))
-
-
-def _is_clear(effect: Interval) -> bool:
-    """Whether an effect can be told from 0."""
-    return effect.low > 0 or effect.high < 0
+    """m(N) - m(0), with its interval."""
+    (found,) = mean_intervals((full - empty)[None], clusters, seed)
+    return found
 
 
 def _has_effect(runs: Runs, seed: int) -> bool:
     """Whether the model's own effect on a task can be told from 0."""
-    n = len(runs.graph)
-    empty, full = values_of(runs, [np.zeros(n, bool), np.ones(n, bool)])
-    return _is_clear(_effect(empty, full, runs.task.clusters, seed))
+    empty, full = values_of(runs, extremes(len(runs.graph)))
+    return _effect(empty, full, runs.task.clusters, seed).clear
 
 
 def _likeness(graph: EdgeGraph, kept: Mask, randoms: Sequence[Mask]) -> tuple[int, float, float]:
@@ -399,11 +423,20 @@ def _likeness(graph: EdgeGraph, kept: Mask, randoms: Sequence[Mask]) -> tuple[in
 
 def _firsts(graph: EdgeGraph, order: np.ndarray, sizes: Sequence[int]) -> Masks:
     """The circuits of the first edges of a ranking, without those that lie on no path."""
-    found = Masks(len(graph))
-    for size in sizes:
-        kept = np.zeros(len(graph), bool)
-        kept[order[:size]] = True
-        found.append(graph.connected(kept))
+    return Masks(len(graph), (first_connected(graph, order, size) for size in sizes))
+
+
+def _rankings(
+    graph: EdgeGraph,
+    order: np.ndarray,
+    sizes: Sequence[int],
+    n_random: int,
+    rng: np.random.Generator,
+) -> Masks:
+    """The circuits of every size of a ranking, then those of random rankings."""
+    found = _firsts(graph, order, sizes)
+    for _ in range(n_random):  # one at a time: of a large graph each order is large
+        found += _firsts(graph, rng.permutation(len(graph)), sizes)
     return found
 
 
@@ -426,13 +459,21 @@ def _smallest(
     runs: Runs,
     order: np.ndarray,
     curve: Curve,
-    empty: Float[np.ndarray, " example"],
-    full: Float[np.ndarray, " example"],
+    empty: float,
+    full: float,
 ) -> int | None:
-    """The smallest size at which a ranking is faithful, by trying those that the curve leaves out before it."""
-    if full.mean() == empty.mean():
+    """The smallest size at which a ranking is faithful, by trying those that the curve leaves out before it.
+
+    Args:
+        runs: the runs on which the curve was measured.
+        order: the edges' numbers, the most important first.
+        curve: faithfulness by size.
+        empty: the mean metric of no edges.
+        full: that of all edges.
+    """
+    if full == empty:
         return None
-    enough = curve.faithfulness(float(empty.mean()), float(full.mean())) >= FAITHFUL
+    enough = curve.faithfulness(empty, full) >= FAITHFUL
     if not enough.any():
         return None
     first = int(enough.argmax())
@@ -440,17 +481,16 @@ def _smallest(
     if not sizes or curve.sizes[first] > _DENSE:
         return curve.sizes[first]
     values = values_of(runs, _firsts(runs.graph, order, sizes))
-    between = Curve(tuple(sizes), (), values).faithfulness(float(empty.mean()), float(full.mean()))
+    skipped = share_of_effect(values.mean(1), empty, full)
     return next(
-        (n for n, f in zip(sizes, between, strict=True) if f >= FAITHFUL), curve.sizes[first]
+        (n for n, f in zip(sizes, skipped, strict=True) if f >= FAITHFUL), curve.sizes[first]
     )
 
 
 def _on_find(runs: Runs, kept: Mask) -> float:
     """Faithfulness on the half on which a circuit was found; NaN if nothing changes there."""
-    none, full = np.zeros(len(kept), bool), np.ones(len(kept), bool)
-    empty, whole, own = values_of(runs, [none, full, kept]).mean(1)
-    return float((own - empty) / (whole - empty)) if whole != empty else float("nan")
+    empty, full, own = values_of(runs, [*extremes(len(kept)), kept]).mean(1).tolist()
+    return share_of_effect(own, empty, full) if full != empty else float("nan")
 
 
 def evaluate(
@@ -518,31 +558,28 @@ def evaluate(
     runs = Runs(graph, task, **settings)
     if not _has_effect(runs, seed):  # without an effect there is nothing to compare
         scores, n_random = None, 0
-    rng, more = np.random.default_rng(seed), dict(others or {})
-    n = len(graph)
-    fixed = Masks(n, [np.zeros(n, bool), np.ones(n, bool), kept, ~kept])
+    rng, more, n = np.random.default_rng(seed), dict(others or {}), len(graph)
     randoms = Masks(n, (random_circuit(graph, kept, rng) for _ in range(n_random)))
-    sizes, rankings = ladder(n) if scores is not None else (), Masks(n)
+    sizes, rankings = (), Masks(n)
     if scores is not None:
-        # One order at a time: of a large graph each is large.
-        rankings += _firsts(graph, scores.order(ranking), sizes)
-        for _ in range(n_curves):
-            rankings += _firsts(graph, rng.permutation(n), sizes)
-    circuits = fixed + Masks(n, more.values()) + randoms + rankings
-    values = values_of(runs, circuits, progress, keep)
-    first, last = len(fixed) + len(more), len(values) - len(rankings)
-    curves = _curves(sizes, rankings, values[last:])
-    smallest = None
+        sizes = ladder(n)
+        rankings = _rankings(graph, scores.order(ranking), sizes, n_curves, rng)
+    groups = [Masks(n, [*extremes(n), kept, ~kept]), Masks(n, more.values()), randoms, rankings]
+    values = values_of(runs, sum(groups, Masks(n)), progress, keep)
+    fixed, several, drawn, by_rank = np.split(values, np.cumsum([len(g) for g in groups[:-1]]))
+    empty, full, own, complement = fixed
+    curves, smallest = _curves(sizes, rankings, by_rank), None
     if scores is not None:
-        smallest = _smallest(runs, scores.order(ranking), curves[0], values[0], values[1])
-    on_find = float("nan") if find is None else _on_find(Runs(graph, find, **settings), kept)
-    metric, several = runs.metric, values[len(fixed) : first]
+        ends = float(empty.mean()), float(full.mean())
+        smallest = _smallest(runs, scores.order(ranking), curves[0], *ends)
     return Evaluation(
-        tuple(graph.edges[i] for i in np.flatnonzero(kept).tolist()), n, metric.name, metric.unit, metric.better,
-        values[0], values[1], values[2], values[3], values[first:last],
-        _likeness(graph, kept, randoms), dict(zip(more, several, strict=True)),
-        {name: int(c.sum()) for name, c in more.items()}, curves[0] if curves else None, tuple(curves[1:]), on_find,
-        smallest, ablation, task.clusters, Record.of(graph.model, task, seed),
+        edges=tuple(graph.edges[i] for i in np.flatnonzero(kept).tolist()), n_edges=n, metric=runs.metric.name,
+        unit=runs.metric.unit, better=runs.metric.better, empty=empty, full=full, own=own, complement=complement,
+        random=drawn, likeness=_likeness(graph, kept, randoms), others=dict(zip(more, several, strict=True)),
+        other_sizes={name: int(c.sum()) for name, c in more.items()}, curve=curves[0] if curves else None,
+        random_curves=tuple(curves[1:]), smallest=smallest, ablation=ablation, clusters=task.clusters,
+        on_find=float("nan") if find is None else _on_find(Runs(graph, find, **settings), kept),
+        record=Record.of(graph.model, task, seed),
     )  # fmt: skip
 
 

@@ -11,14 +11,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from circuits.discovery.agreement import Checked, check_scores
+from circuits.discovery.agreement import SAMPLE, Checked, check_scores
 from circuits.discovery.alternatives import Alternatives, find_alternatives
-from circuits.discovery.evaluating import Evaluation, Mask, evaluate
+from circuits.discovery.evaluating import Evaluation, evaluate
 from circuits.discovery.found import Discovery, circuit_graph
-from circuits.discovery.graphs import LIMIT, EdgeGraph
+from circuits.discovery.graphs import LIMIT, EdgeGraph, Mask
 from circuits.discovery.pairs import EdgePairs, pair_edges, strongest
 from circuits.discovery.pruning import PART, prune
-from circuits.discovery.results import SIZES, EdgeScores, Ranking
+from circuits.discovery.results import SIZES, UNESTIMATED, EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
 from circuits.discovery.searching import SEARCHES, Search, acdc, check_size, greedy, refine, top
@@ -113,32 +113,18 @@ def discover(
     Raises:
         ValueError: if a setting is out of range, the task has too few examples for two halves, or does not fit.
     """
-    _check_choices(graph, method, search, size, threshold, ranking)
+    _check_choices(graph, method, search, size, threshold, ranking, pruning_steps, check_on)
     _check_counts(
-        n_random=n_random,
-        n_curves=n_curves,
-        pairs=pairs,
-        alternatives=alternatives,
-        seed=seed,
-        check=check or 0,
-    )
-    if pruning_steps is not None and search != "pruning":
-        raise ValueError(
-            f"pruning_steps {pruning_steps} belong to the search pruning, not to {search}"
-        )
-    if pairs == 1:
-        raise ValueError("pairs 1: expected at least 2 edges to pair, or 0 for none")
-    if memory < 1:
-        raise ValueError(f"memory {memory}: expected a number of bytes above 0")
+        memory, pairs, n_random=n_random, n_curves=n_curves, alternatives=alternatives, seed=seed, check=check or 0
+    )  # fmt: skip
     if ablation == "optimal":
         _check_optimal(search, alternatives)
-    if check_on not in get_args(CheckOn):
-        raise ValueError(f"check_on {check_on!r}: expected find or test")
     work = _Finding(
-        graph, task.find, task.test, method, search, size or usual_size(graph), threshold, ranking,
-        {"direction": direction, "steps": steps, "rule": rule}, ablation,
-        {"shift": shift, "batch": batch, "memory": memory}, {} if pruning_steps is None else {"steps": pruning_steps},
-        seed, stage, keep, folder,
+        graph=graph, find=task.find, test=task.test, method=method, search=search, size=size or usual_size(graph),
+        threshold=threshold, ranking=ranking, scoring={"direction": direction, "steps": steps, "rule": rule},
+        ablation=ablation, running={"shift": shift, "batch": batch, "memory": memory},
+        pruning={} if pruning_steps is None else {"steps": pruning_steps}, seed=seed, stage=stage, keep=keep,
+        folder=folder,
     )  # fmt: skip
     scores = work.scores
     checked = work.checked(check, check_on)
@@ -161,8 +147,8 @@ class _Finding:
     """The stages of `discover`, with its arguments.
 
     Attributes:
-        find: the half of the task on which is searched.
-        test: the other half.
+        find: the half of the task on which edges are scored and searched.
+        test: the half on which the circuit is evaluated.
         size: how many edges to keep.
         scoring: more arguments of `score_edges`, of methods.
         running: those of `Runs`, besides the ablation.
@@ -194,41 +180,42 @@ class _Finding:
 
     @cached_property
     def runs(self) -> Runs:
-        return Runs(self.graph, self.find, **self.settings)
+        return self._runs_on(self.find)
+
+    def _runs_on(self, task: Task) -> Runs:
+        return Runs(self.graph, task, **self.settings)
 
     @cached_property
     def scores(self) -> EdgeScores:
-        return score_edges(
-            self.graph, self.find, self.method, progress=self.stage("scores"), keep=self.keep,
-            folder=self._place("scores"), **self.scoring, **self.settings,
-        )  # fmt: skip
+        return self._scored(self.find, "scores", self.keep, "scores")
 
-    def _place(self, name: str) -> Path | None:
-        """Where scores of a large graph lie; None of a small one, whose scores `keep` keeps."""
-        large = self.folder is not None and len(self.graph) > LIMIT
-        return self.folder / name if large and self.folder is not None else None
+    def _scored(self, task: Task, stage: str, keep: Keep, name: str) -> EdgeScores:
+        """The scores on a task; a large graph's lie in a folder of this name, a small one's are kept by `keep`."""
+        folder = None if self.folder is None or len(self.graph) <= LIMIT else self.folder / name
+        return score_edges(
+            self.graph, task, self.method, progress=self.stage(stage), keep=keep,
+            folder=folder, **self.scoring, **self.settings,
+        )  # fmt: skip
 
     @property
     def worth(self) -> Float[np.ndarray, " edge"]:
         return self.scores.worth(self.ranking)
 
-    @property
-    def pick(self) -> partial[Mask]:
-        """From importance to edges. Searches that try edges are not repeated: greedy stands in for them."""
-        return partial(top if self.search == "top" else greedy, self.graph, n=self.size)
+    def picked(self, worth: Float[np.ndarray, " edge"], n: int) -> Mask:
+        """The n edges that are kept by importance. Searches that try edges are not repeated: greedy stands in."""
+        return (top if self.search == "top" else greedy)(self.graph, worth, n)
 
     def chosen(self, mean: Float[np.ndarray, " edge"]) -> Mask:
         """The edges that are kept by mean scores."""
-        return self.pick(self.scores.importance(mean, self.ranking))
+        return self.picked(self.scores.importance(mean, self.ranking), self.size)
 
     def checked(self, n: int | None, on: CheckOn) -> Checked | None:
         """How far approximate scores agree with exact patching; None of exact ones and baselines."""
-        if self.method in ("exact", "random", *SIZES) or n == 0:
+        if self.method in UNESTIMATED or n == 0:
             return None
-        runs = self.runs if on == "find" else Runs(self.graph, self.test, **self.settings)
-        more = {} if n is None else {"n": n}
-        told = self.stage("agreement")
-        return check_scores(runs, self.scores, seed=self.seed, progress=told, **more)
+        runs = self.runs if on == "find" else self._runs_on(self.test)
+        told, n = self.stage("agreement"), SAMPLE if n is None else n
+        return check_scores(runs, self.scores, n, self.seed, told)
 
     def searched(self) -> Mask:
         """The edges that the search keeps.
@@ -252,7 +239,7 @@ class _Finding:
                 progress=self.stage("search"), keep=keep, **self.pruning,
             )  # fmt: skip
         else:
-            kept = self.pick(self.worth)
+            kept = self.picked(self.worth, self.size)
         if not kept.any():
             raise ValueError(
                 f"search {self.search}: no path from the model's input to its output is left; expected a larger size "
@@ -271,7 +258,7 @@ class _Finding:
     ) -> tuple[dict[str, Mask], tuple[str, ...]]:
         """Circuits to compare with, of the same size, and what is to be said of them."""
         found, notes = dict(other), list[str]()
-        pick = partial(top if self.search == "top" else greedy, self.graph, n=int(kept.sum()))
+        n = int(kept.sum())
         if self.search not in ("top", "greedy"):
             notes.append(
                 f"the search {self.search} is not repeated: circuits to compare with are found by greedy"
@@ -281,16 +268,13 @@ class _Finding:
                 "edges were scored by mean ablation: optimal constants belong to a circuit"
             )
         try:
-            found[BY_WEIGHT] = pick(self.graph.weight_norms())
+            found[BY_WEIGHT] = self.picked(self.graph.weight_norms(), n)
         except ValueError as error:
             notes.append(f"not compared with a circuit {BY_WEIGHT}: {error}")
         if self.method != "random" and self.find.compared:
-            told, keep = self.stage("scores with answers swapped"), part_of(self.keep, "swapped")
-            scores = score_edges(
-                self.graph, swapped(self.find, self.seed), self.method, progress=told, keep=keep,
-                folder=self._place("swapped"), **self.scoring, **self.settings,
-            )  # fmt: skip
-            found[SWAPPED] = pick(scores.importance(scores.mean, self.ranking))
+            asked, keep = swapped(self.find, self.seed), part_of(self.keep, "swapped")
+            scores = self._scored(asked, "scores with answers swapped", keep, "swapped")
+            found[SWAPPED] = self.picked(scores.worth(self.ranking), n)
         return found, tuple(notes)
 
     def evaluated(
@@ -309,23 +293,15 @@ class _Finding:
 
     def alternatives(self, kept: Mask, n: int) -> Alternatives:
         """Further circuits that are as good."""
-        test = Runs(self.graph, self.test, **self.settings)
-        told = self.stage("alternatives")
-        pick = partial(self.pick.func, self.graph, n=int(kept.sum()))
+        test, told = self._runs_on(self.test), self.stage("alternatives")
+        pick = partial(self.picked, n=int(kept.sum()))
         return find_alternatives(self.runs, test, kept, self.worth, pick, n, self.seed, told)
 
     def pairs(self, n: int) -> EdgePairs:
         """What the strongest edges do two at a time."""
         edges = strongest(self.scores, n, self.ranking)
-        told = self.stage("pairs")
-        return pair_edges(
-            self.graph,
-            self.find,
-            edges,
-            progress=told,
-            keep=part_of(self.keep, "pairs"),
-            **self.settings,
-        )
+        told, keep = self.stage("pairs"), part_of(self.keep, "pairs")
+        return pair_edges(self.graph, self.find, edges, progress=told, keep=keep, **self.settings)
 
 
 def usual_size(graph: EdgeGraph) -> int:
@@ -340,8 +316,10 @@ def _check_choices(
     size: int | None,
     threshold: float | None,
     ranking: Ranking,
+    pruning_steps: int | None,
+    check_on: CheckOn,
 ) -> None:
-    """Raise ValueError unless the choices of a search go together."""
+    """Raise ValueError unless the choices of a search are known and go together."""
     if search not in SEARCHES:
         raise ValueError(f"search {search!r}: expected one of {', '.join(SEARCHES)}")
     if (search == "acdc") != (threshold is not None):
@@ -350,11 +328,21 @@ def _check_choices(
         raise ValueError(f"ranking signed: scores by {method} have no sign; expected absolute")
     if size is not None:
         check_size(graph, size)
+    if pruning_steps is not None and search != "pruning":
+        raise ValueError(
+            f"pruning_steps {pruning_steps} belong to the search pruning, not to {search}"
+        )
+    if check_on not in get_args(CheckOn):
+        raise ValueError(f"check_on {check_on!r}: expected find or test")
 
 
-def _check_counts(**counts: int) -> None:
-    """Raise ValueError unless all are whole numbers from 0 on."""
-    for name, value in counts.items():
+def _check_counts(memory: int, pairs: int, **counts: int) -> None:
+    """Raise ValueError unless all are whole numbers in their ranges."""
+    if memory < 1:
+        raise ValueError(f"memory {memory}: expected a number of bytes above 0")
+    if pairs == 1:
+        raise ValueError("pairs 1: expected at least 2 edges to pair, or 0 for none")
+    for name, value in (counts | {"pairs": pairs}).items():
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} {value!r}: expected a whole number, 0 or more")
 

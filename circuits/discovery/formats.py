@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.discovery.acdc_files import read_plain, read_subgraph
-from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.graphs import Edge, EdgeGraph, Mask
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.streams import StreamGraph
 from circuits.experiments.outcomes import Record
@@ -32,8 +32,6 @@ from circuits.files import replacing
 from circuits.json_files import read_json
 from circuits.tasks.task import Task
 from circuits.units import unknown
-
-Mask = Bool[np.ndarray, " edge"]
 
 SUFFIXES = (".json", ".pt", ".pth", ".pkl")
 """The endings of files of edges."""

@@ -11,13 +11,11 @@ import numpy as np
 from circuits.discovery.agreement import Checked
 from circuits.discovery.alternatives import Alternatives
 from circuits.discovery.building import edge_graph
-from circuits.discovery.evaluating import Evaluation, Mask
-from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.evaluating import Evaluation
+from circuits.discovery.graphs import Edge, EdgeGraph, Mask
 from circuits.discovery.pairs import EdgePairs
 from circuits.discovery.results import EdgeScores
-from circuits.discovery.searching import (
-    top,
-)
+from circuits.discovery.searching import top
 from circuits.discovery.stability import SearchStability
 from circuits.discovery.truth import Recovered
 from circuits.graph.circuit import ORDER, CircuitGraph

@@ -32,6 +32,9 @@ PlacedNode = Unit | UnitGroup | WholeSite
 Edge = tuple[str, str]
 """The names of a source and a target."""
 
+Mask = Bool[np.ndarray, " edge"]
+"""Which edges of a graph are meant, such as those that a circuit keeps."""
+
 LIMIT = 2**18
 """The most edges that a graph has unless a caller allows more: that is 2 MB of scores an example. Of larger graphs no
 list of names is made, and scores lie in files (`discovery.stored`)."""
@@ -190,15 +193,13 @@ class EdgeGraph(ABC):
         ]
         return unknown(what, name, there)
 
-    def mask(self, edges: Sequence[Edge | str]) -> Bool[np.ndarray, " edge"]:
+    def mask(self, edges: Sequence[Edge | str]) -> Mask:
         """Which edges are among some.
 
         Raises:
             KeyError: if there is no such edge.
         """
-        found = np.zeros(len(self), bool)
-        found[[self.index(edge) for edge in edges]] = True
-        return found
+        return mask_of(len(self), [self.index(edge) for edge in edges])
 
     def kind(self, name: str) -> str:
         """What a source or target is, and in which layer: random circuits have as many edges between any two kinds."""
@@ -259,15 +260,15 @@ class EdgeGraph(ABC):
         """For each target the numbers of its edges."""
         return _Ranges(self.bounds)
 
-    def connected(self, kept: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
+    def connected(self, kept: Mask) -> Mask:
         """The edges among some that lie on a path of them from the model's input to its output."""
         return kept & self._reached(kept) & self._reaching(kept)
 
-    def attachable(self, kept: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
+    def attachable(self, kept: Mask) -> Mask:
         """The edges that are not among some and would, each added alone, lie on a path of them from input to output."""
         return ~kept & self._reached(kept) & self._reaching(kept)
 
-    def _reached(self, kept: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
+    def _reached(self, kept: Mask) -> Mask:
         """The edges whose source is the input, or computed from a target that a kept edge from such a source feeds."""
         live = np.zeros(len(self.sources), bool)
         live[list(self.inputs)] = True
@@ -277,7 +278,7 @@ class EdgeGraph(ABC):
                 live[list(self.feeds[target])] = True
         return live[self.ends[:, 0]]
 
-    def _reaching(self, kept: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
+    def _reaching(self, kept: Mask) -> Mask:
         """The edges whose target is the output, or feeds a source from which a kept edge leads to such a target."""
         useful = np.zeros(len(self.sources), bool)
         ok = np.zeros(len(self.targets), bool)
@@ -478,9 +479,18 @@ def _no_baseline(graph: EdgeGraph, method: str) -> ValueError:
     )
 
 
-def as_off(
-    graph: EdgeGraph, kept: Sequence[Bool[np.ndarray, " edge"]]
-) -> Float[Tensor, "set edge"]:
+def mask_of(n_edges: int, numbers: Sequence[int] | Int[np.ndarray, " some"]) -> Mask:
+    """The mask of the edges with some numbers.
+
+    >>> mask_of(3, [2]).tolist()
+    [False, False, True]
+    """
+    found = np.zeros(n_edges, bool)
+    found[np.asarray(numbers, int)] = True
+    return found
+
+
+def as_off(graph: EdgeGraph, kept: Sequence[Mask]) -> Float[Tensor, "set edge"]:
     """Circuits, as which edges each keeps, as what `EdgeGraph.changes` takes: the other edges are off."""
     rows = np.stack([~np.asarray(circuit, bool) for circuit in kept])
     return torch.from_numpy(rows).float()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool
 
-from circuits.discovery.graphs import EdgeGraph
-
-Mask = Bool[np.ndarray, " edge"]
+from circuits.discovery.graphs import EdgeGraph, Mask
 
 _ROUNDS = 30
 """How often edges that lie on no path are drawn again."""

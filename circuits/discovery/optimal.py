@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from circuits.autograd import recording_gradients
-from circuits.discovery.graphs import EdgeGraph, as_off
+from circuits.discovery.graphs import EdgeGraph, Mask, as_off
 from circuits.discovery.losses import Distance
 from circuits.discovery.runs import Runs
 from circuits.examples import BATCH
@@ -76,7 +75,7 @@ class Constants:
 def learn_constants(
     graph: EdgeGraph,
     task: Task,
-    circuit: Bool[np.ndarray, " edge"],
+    circuit: Mask,
     *,
     steps: int = STEPS,
     batch: int = BATCH,

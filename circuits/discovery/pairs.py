@@ -21,17 +21,17 @@ from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from circuits.discovery.graphs import Edge, EdgeGraph
+from circuits.discovery.graphs import Edge, EdgeGraph, Mask, mask_of
 from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
-from circuits.discovery.searching import Mask, values_of
+from circuits.discovery.searching import values_of
 from circuits.examples import BATCH
 from circuits.experiments.outcomes import Record
 from circuits.experiments.patched_runs import Direction
 from circuits.experiments.running import MEMORY
-from circuits.experiments.statistics import Interval, n_clusters, resampled
+from circuits.experiments.statistics import Interval, mean_intervals
 from circuits.files import Keep, finite, make_now
 from circuits.progress import Progress
 from circuits.tables import Table, between
@@ -86,8 +86,7 @@ class Effects:
     def synergistic(self) -> bool:
         """Whether most of the joint effect happens only with both, and chance does not explain the interaction."""
         first, second, both = self.means
-        i = self.interval
-        sure = np.isnan(i.low) or i.low > 0 or i.high < 0
+        sure = np.isnan(self.interval.low) or self.interval.clear
         most = max(abs(first), abs(second), abs(first + second))
         return bool(sure and both and most <= _HALF * abs(both))
 
@@ -321,11 +320,11 @@ class _Sets:
         self.graph = graph
         self.noising: list[Mask] = []
         self._places: dict[bytes, int] = {}
-        self.place(_mask(graph, []))
+        self.place(mask_of(len(graph), []))
         for edge in chosen:
-            self.place(_mask(graph, [edge]))
+            self.place(mask_of(len(graph), [edge]))
         for pair in combinations(chosen, 2):
-            self.place(_mask(graph, pair))
+            self.place(mask_of(len(graph), pair))
         self.denoising = list(self.noising)
         for a in chosen:
             for source in {u for b in chosen if b != a for u in behind(graph, b)}:
@@ -343,21 +342,15 @@ class _Sets:
         return self._places[key]
 
 
-def _mask(graph: EdgeGraph, edges: Sequence[int]) -> Mask:
-    found = np.zeros(len(graph), bool)
-    found[list(edges)] = True
-    return found
-
-
-def removed(graph: EdgeGraph, edge: int) -> Bool[np.ndarray, " edge"]:
+def removed(graph: EdgeGraph, edge: int) -> Mask:
     """The edges that are patched to remove an edge's source: all that leave it, of the model's input the edge alone."""
     source = int(graph.ends[edge, 0])
     if source in graph.inputs:
-        return _mask(graph, [edge])
+        return mask_of(len(graph), [edge])
     return graph.ends[:, 0] == source
 
 
-def _direct(graph: EdgeGraph, source: int) -> Bool[np.ndarray, " edge"]:
+def _direct(graph: EdgeGraph, source: int) -> Mask:
     """A source's edges into the model's output."""
     outputs = [t for t, fed in enumerate(graph.feeds) if not fed]
     return (graph.ends[:, 0] == source) & np.isin(graph.ends[:, 1], outputs)
@@ -431,12 +424,10 @@ class _Measured:
     def _effects(self, way: str, a: int, b: int) -> Effects:
         base = self.values[way][0]
         first, second, both = (
-            self._value(way, _mask(self.graph, edges)) - base for edges in ([a], [b], [a, b])
+            self._value(way, mask_of(len(self.graph), edges)) - base for edges in ([a], [b], [a, b])
         )
-        over = both - first - second
-        drawn = resampled(over[None], clusters=self.clusters, seed=self.seed)
-        interval = Interval.of(float(over.mean()), drawn[:, 0], n_clusters(self.clusters))
-        return Effects(first, second, both, interval)
+        over = (both - first - second)[None]
+        return Effects(first, second, both, *mean_intervals(over, self.clusters, self.seed))
 
     def _growth(self, a: int, b: int) -> Growth | None:
         """What removing the source of a does to the direct effects of what b leads to: the one that grows most."""

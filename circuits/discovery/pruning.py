@@ -20,16 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.autograd import recording_gradients
-from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.graphs import EdgeGraph, Mask
 from circuits.discovery.losses import Distance
 from circuits.discovery.optimal import Constants
 from circuits.discovery.results import ranked
 from circuits.discovery.runs import Pair, Runs
-from circuits.discovery.searching import check_size
+from circuits.discovery.searching import check_size, first_connected
 from circuits.files import Keep, make_now
 from circuits.progress import Progress
 
@@ -53,8 +53,6 @@ _RATE, _FORCE, _MOVING = 0.1, 0.1, 0.02
 
 _CHUNK = 25
 """After how many steps at least the state is kept."""
-
-Mask = Bool[np.ndarray, " edge"]
 
 
 def gates(
@@ -123,17 +121,13 @@ def strongest_connected(graph: EdgeGraph, worth: Float[np.ndarray, " edge"], n: 
     that lie on a path at once.
     """
     order = ranked(worth)
-
-    def first(size: int) -> Mask:
-        kept = np.zeros(len(graph), bool)
-        kept[order[:size]] = True
-        return graph.connected(kept)
-
     low, high = 0, len(graph) + 1  # the first `low` edges make at most n, the first `high` more
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if first(middle).sum() <= n else (low, middle)
-    kept = first(low)
+        low, high = (
+            (middle, high) if first_connected(graph, order, middle).sum() <= n else (low, middle)
+        )
+    kept = first_connected(graph, order, low)
     while kept.sum() < n and (more := np.flatnonzero(graph.attachable(kept))).size:
         kept[more[worth[more].argmax()]] = True
     return kept

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from circuits.discovery.graphs import LIMIT, Edge
 from circuits.discovery.stored import StoredScores
 from circuits.experiments.outcomes import Record
-from circuits.experiments.statistics import Interval, n_clusters, resampled
+from circuits.experiments.statistics import Interval, mean_intervals
 from circuits.files import finite
 from circuits.tables import Table, between
 
@@ -26,6 +26,9 @@ SIZES = {
 """Methods whose scores are sizes, by what they are the size of: they have no sign, and estimate no change of a metric.
 """
 
+UNESTIMATED = ("exact", "random", *SIZES)
+"""Methods whose scores are no estimates of an effect: they have no completeness residual, and nothing to be checked
+against."""
 
 _LISTED = 1000
 """How many edges of a large graph are listed."""
@@ -152,7 +155,7 @@ class EdgeScores:
         |sum of scores - (m(0) - m(N))| / |m(0) - m(N)|; for exact integration along a path between the inputs it is
         zero (Sundararajan et al. 2017). NaN if there is no effect, or scores are no estimates.
         """
-        if self.method in ("exact", "random", *SIZES):
+        if self.method in UNESTIMATED:
             return float("nan")
         whole = float((self.corrupted - self.clean).mean())
         made = float(self.mean[list(self.input_edges)].sum())
@@ -160,12 +163,7 @@ class EdgeScores:
 
     def intervals(self, edges: np.ndarray) -> list[Interval]:
         """The mean scores of some edges with 95 % intervals (over clusters of examples)."""
-        values = self.of(edges).T
-        drawn = resampled(values, clusters=self.clusters, seed=self.record.seed)
-        return [
-            Interval.of(mean, drawn[:, i], n_clusters(self.clusters))
-            for i, mean in enumerate(values.mean(1, dtype=np.float64).tolist())
-        ]
+        return mean_intervals(self.of(edges).T, self.clusters, self.record.seed)
 
     def to_dict(self, top: int | None = None) -> dict[str, Any]:
         """As JSON has it, the most important edges first; None for what is not finite.
@@ -202,7 +200,6 @@ class EdgeScores:
     def tables(self, top: int) -> Iterator[Table | str]:
         """The edges with the largest scores, and what is said of all."""
         # Effects of single edges need not add up: what is left over is no error of theirs.
-        exact = self.method in ("exact", "random", *SIZES)
         order = self.order(n=top)
         rows = [
             (" -> ".join(self.edges[e]), i.value, between(i.low, i.high))
@@ -216,6 +213,10 @@ class EdgeScores:
         yield Table(("edge", "score", "95 % interval"), rows, title)
         yield (
             f"{self.metric}: {self.clean.mean():.4g} intact, {self.corrupted.mean():.4g} with every edge removed"
-            + ("" if exact else f"; completeness residual {self.completeness:.2g}")
+            + (
+                ""
+                if self.method in UNESTIMATED
+                else f"; completeness residual {self.completeness:.2g}"
+            )
         )
         yield from self.notes

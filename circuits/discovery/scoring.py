@@ -33,7 +33,7 @@ from torch import Tensor
 
 from circuits.attribution.propagation import Propagation
 from circuits.autograd import recording_gradients
-from circuits.discovery.graphs import LIMIT, EdgeGraph
+from circuits.discovery.graphs import LIMIT, EdgeGraph, mask_of
 from circuits.discovery.results import SIZES, EdgeScores
 from circuits.discovery.runs import Ablation, Pair, Runs, output_of
 from circuits.discovery.stored import (
@@ -69,6 +69,8 @@ STEPS = 6
 """The number of steps of integrated gradients. Even, so that the midpoint rule never meets the middle of the path,
 where a gate of two equal inputs has its kink."""
 
+_INTEGRATED = ("eap-ig", "eap-ig-activations")
+"""The methods that average gradients along a path."""
 
 _PASSES = 8
 """The fewest passes in which the edges into the targets of a site are patched."""
@@ -145,30 +147,20 @@ def score_edges(
     settings: dict[str, Any] = {"grain": graph.grain, "ablation": ablation}
     settings |= {"shift": shift} if shift else {}
     settings |= {"direction": direction} if method == "exact" else {}
-    if method in ("eap-ig", "eap-ig-activations"):
-        settings |= {"steps": steps, "rule": rule}
-    collected = _Collected(len(task))
-    alphas = _taken(method, points(steps, rule))
+    settings |= {"steps": steps, "rule": rule} if method in _INTEGRATED else {}
+    collected, between = _Collected(len(task)), points(steps, rule)
+    alphas = _taken(method, between)
     if alphas is not None and (folder is not None or len(graph) > LIMIT):
         values = _stored(runs, alphas, method == "relp", folder, collected, progress)
     else:
-        scorer = _scorer(method, runs, direction, points(steps, rule))
-        for number, pair in enumerate(runs.pairs()):
-
-            def made(pair: Pair = pair) -> dict[str, Any]:
-                return collected.numbers(runs, pair, scorer(pair))
-
-            collected.add(pair.part.which, keep(f"batch {number}", made))
-            if progress is not None:
-                progress(collected.done, len(task))
+        _collect(runs, _scorer(method, runs, direction, between), collected, keep, progress)
         values = collected.values
-        if method == "random":
-            values = np.random.default_rng(seed).standard_normal((len(task), len(graph)))
-    entering = np.zeros(len(graph.sources), bool)
-    entering[list(graph.inputs)] = True
-    first = np.flatnonzero(entering[graph.ends[:, 0]]).tolist()
+    if method == "random":
+        values = np.random.default_rng(seed).standard_normal((len(task), len(graph)))
+    entering = mask_of(len(graph.sources), list(graph.inputs))
     return EdgeScores(
-        method, settings, graph.edges, values, collected.clean, collected.corrupted, tuple(first),
+        method, settings, graph.edges, values, collected.clean, collected.corrupted,
+        tuple(np.flatnonzero(entering[graph.ends[:, 0]]).tolist()),
         task.metric.name, task.metric.unit, task.metric.better, task.clusters, Record.of(graph.model, task, seed),
         (*notes, *_held_patterns(method, graph, values), *_post_norms(method, graph)),
     )  # fmt: skip
@@ -191,6 +183,20 @@ def _taken(method: str, alphas: Sequence[float]) -> Sequence[float] | None:
     """Between which inputs gradients are taken by a method; None of one that takes none over inputs."""
     taken = {"eap": [1.0], "relp": [1.0], "clean-corrupted": [0.0, 1.0], "eap-ig": alphas}
     return taken.get(method)
+
+
+def _collect(
+    runs: Runs, scorer: Scorer, collected: _Collected, keep: Keep, progress: Progress | None
+) -> None:
+    """Score every batch in memory; `keep` gives back the numbers of those that an earlier run has scored."""
+    for number, pair in enumerate(runs.pairs()):
+
+        def made(pair: Pair = pair) -> dict[str, Any]:
+            return collected.numbers(runs, pair, scorer(pair))
+
+        collected.add(pair.part.which, keep(f"batch {number}", made))
+        if progress is not None:
+            progress(collected.done, len(runs.task))
 
 
 def _stored(
@@ -323,6 +329,9 @@ class _Collected:
         self.done += len(rows)
 
 
+Slopes = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Of one run: the sites that the graph reads, and the metric's gradient at those that edges lead to."""
+
 Scorer = Callable[[Pair], Float[Tensor, "example edge"]]
 
 
@@ -377,18 +386,23 @@ def _by_inputs(
     runs: Runs, pair: Pair, alphas: Sequence[float], relevance: bool = False
 ) -> Float[Tensor, "example edge"]:
     """The mean gradient over inputs between the corrupted run (0) and the intact one (1), times what edges carry."""
-    graph, total = runs.graph, dict[str, Tensor]()
-    for alpha in alphas:
-        cache, gradients = _sloped(runs, pair, alpha, relevance)
+    slopes = (_sloped(runs, pair, alpha, relevance) for alpha in alphas)
+    mean = _mean_pulled(runs.graph, slopes, len(alphas), relevance)
+    return runs.graph.contracted(pair.clean, pair.other, mean, linear=relevance)
+
+
+def _mean_pulled(
+    graph: EdgeGraph, slopes: Iterable[Slopes], n: int, relevance: bool = False
+) -> dict[str, Tensor]:
+    """The mean over n runs of `EdgeGraph.pulled`, by site."""
+    total: dict[str, Tensor] = {}
+    for cache, gradients in slopes:
         for site, value in graph.pulled(cache, gradients, linear=relevance).items():
             total[site] = total[site].add_(value) if site in total else value
-    mean = {site: value / len(alphas) for site, value in total.items()}
-    return graph.contracted(pair.clean, pair.other, mean, linear=relevance)
+    return {site: value / n for site, value in total.items()}
 
 
-def _sloped(
-    runs: Runs, pair: Pair, alpha: float, relevance: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _sloped(runs: Runs, pair: Pair, alpha: float, relevance: bool) -> Slopes:
     """`gradients_at` an input between that of the corrupted run (0) and that of the intact one (1)."""
     sites = () if alpha == 1 else runs.graph.input_sites
     return gradients_at(runs, pair, {s: _between(pair, s, alpha) for s in sites}, relevance)
@@ -397,17 +411,13 @@ def _sloped(
 def _by_activations(
     runs: Runs, pair: Pair, alphas: Sequence[float]
 ) -> Float[Tensor, "example edge"]:
-    """The same, over what the sources of one site put out between the two runs, site by site."""
+    """The mean gradient over what the sources of one site put out between the two runs, site by site."""
     graph = runs.graph
     made: Tensor | None = None
     for sites, sources in graph.source_sites():
-        total = dict[str, Tensor]()
-        for alpha in alphas:
-            edits = {s: _between(pair, s, alpha) for s in sites}
-            cache, gradients = gradients_at(runs, pair, edits)
-            for site, value in graph.pulled(cache, gradients).items():
-                total[site] = total[site].add_(value) if site in total else value
-        mean = {site: value / len(alphas) for site, value in total.items()}
+        mixed = ({s: _between(pair, s, alpha) for s in sites} for alpha in alphas)
+        slopes = (gradients_at(runs, pair, edits) for edits in mixed)
+        mean = _mean_pulled(graph, slopes, len(alphas))
         scores = graph.contracted(pair.clean, pair.other, mean)
         own = torch.from_numpy(np.isin(graph.ends[:, 0], sources))
         made = torch.zeros_like(scores) if made is None else made
@@ -424,7 +434,7 @@ def _between(pair: Pair, site: str, alpha: float) -> Change:
 
 def gradients_at(
     runs: Runs, pair: Pair, edits: Mapping[str, Change], relevance: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> Slopes:
     """The sites that the graph reads and the metric's gradient at `slopes`, in a run with some edits.
 
     With `relevance` the model's operations are replaced by linear ones (`attribution.propagation`); the metric is not.

@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 
-from circuits.discovery.graphs import LIMIT, EdgeGraph, as_off
+from circuits.discovery.graphs import LIMIT, EdgeGraph, Mask, as_off, mask_of
 from circuits.discovery.results import Ranking, importance, ranked
 from circuits.discovery.runs import Pair, Runs
 from circuits.experiments.patched_runs import Direction
@@ -25,8 +25,6 @@ from circuits.progress import Progress
 Search = Literal["top", "greedy", "refine", "acdc", "pruning"]
 
 SEARCHES: tuple[str, ...] = get_args(Search)
-
-Mask = Bool[np.ndarray, " edge"]
 
 _DROPPED = 0.2
 """The share of a circuit's edges that `refine` drops in a round."""
@@ -83,9 +81,12 @@ class Masks(Sequence[Mask]):
 def top(graph: EdgeGraph, worth: Float[np.ndarray, " edge"], n: int) -> Mask:
     """The n most important edges, without those that lie on no path from the model's input to its output."""
     check_size(graph, n)
-    kept = np.zeros(len(graph), bool)
-    kept[ranked(worth, n)] = True
-    return graph.connected(kept)
+    return first_connected(graph, ranked(worth, n), n)
+
+
+def first_connected(graph: EdgeGraph, order: Int[np.ndarray, " ranked"], n: int) -> Mask:
+    """The first n edges of an order of edges' numbers, without those that lie on no path from input to output."""
+    return graph.connected(mask_of(len(graph), order[:n]))
 
 
 def greedy(graph: EdgeGraph, worth: Float[np.ndarray, " edge"], n: int) -> Mask:
@@ -125,6 +126,11 @@ def check_size(graph: EdgeGraph, n: int) -> None:
 
 
 # --- by trying ---------------------------------------------------------------------------------------
+
+
+def extremes(n_edges: int) -> tuple[Mask, Mask]:
+    """The circuits of no edges and of all."""
+    return np.zeros(n_edges, bool), np.ones(n_edges, bool)
 
 
 def values_of(
@@ -253,8 +259,7 @@ def acdc(
     now = float(values_of(runs, [kept]).mean())
     for target in reversed(range(len(graph.targets))):
         made = keep(f"target {target}", partial(_decided, runs, kept, target, now, threshold))
-        kept = np.zeros(len(graph), bool)
-        kept[made["kept"]] = True
+        kept = mask_of(len(graph), made["kept"])
         now = made["value"]
         tried += len(graph.edges_into[target])
         if progress is not None:

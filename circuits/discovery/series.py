@@ -12,8 +12,8 @@ from typing import Any
 
 from circuits.discovery.comparing import chance_jaccard, shared
 from circuits.discovery.contrasts import Contrast, contrast, rank_correlation
-from circuits.discovery.evaluating import Evaluation, Mask, evaluate
-from circuits.discovery.graphs import EdgeGraph
+from circuits.discovery.evaluating import Evaluation, evaluate
+from circuits.discovery.graphs import EdgeGraph, Mask
 from circuits.discovery.results import EdgeScores, Ranking
 from circuits.discovery.runs import Ablation
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from circuits.discovery.comparing import chance_jaccard, shared
-from circuits.discovery.graphs import Edge
+from circuits.discovery.graphs import Edge, Mask
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.stored import StoredScores
 from circuits.files import finite
@@ -24,7 +24,7 @@ DRAWS = 100
 STABLE = 0.8
 """The mean Jaccard index of bootstraps from which a search counts as stable (a bar that Méloux et al. propose)."""
 
-Choose = Callable[[Float[np.ndarray, " edge"]], Bool[np.ndarray, " edge"]]
+Choose = Callable[[Float[np.ndarray, " edge"]], Mask]
 """A search: from the mean score of each edge to the edges that are kept."""
 
 
@@ -69,7 +69,7 @@ class SearchStability:
 
 def stability(
     scores: EdgeScores,
-    circuit: Bool[np.ndarray, " edge"],
+    circuit: Mask,
     choose: Choose,
     draws: int = DRAWS,
     seed: int = 0,
@@ -100,7 +100,7 @@ def stability(
     sums = None if isinstance(values, StoredScores) else member @ values
     rng = np.random.default_rng(seed)
 
-    def found(times: Float[np.ndarray, " cluster"]) -> Bool[np.ndarray, " edge"]:
+    def found(times: Float[np.ndarray, " cluster"]) -> Mask:
         total = values.summed(times @ member) if isinstance(values, StoredScores) else times @ sums
         return choose(total / (times @ counts))
 
@@ -117,14 +117,18 @@ def stability(
         first = np.zeros(n)
         first[rng.permutation(n)[: n // 2]] = 1
         halves.append(shared(found(first), found(1 - first)))
-    both = drawn.astype(float) @ drawn.T
-    sizes = np.diag(both)
-    either = sizes[:, None] + sizes[None] - both
-    pairs = np.triu_indices(draws, 1)
-    mean = float((both[pairs] / np.maximum(either[pairs], 1)).mean())
-    size = float(sizes.mean())
+    size = float(drawn.sum(1).mean())
     shares = drawn[:, np.searchsorted(used, own)].mean(0).tolist()
     return SearchStability(
-        {scores.edges[e]: s for e, s in zip(own.tolist(), shares, strict=True)}, mean,
+        {scores.edges[e]: s for e, s in zip(own.tolist(), shares, strict=True)}, _mean_jaccard(drawn),
         float(np.mean(halves)), chance_jaccard(size, size, len(circuit)), draws, n,
     )  # fmt: skip
+
+
+def _mean_jaccard(circuits: Bool[np.ndarray, "circuit edge"]) -> float:
+    """The mean Jaccard index of every two circuits."""
+    both = circuits.astype(float) @ circuits.T
+    sizes = np.diag(both)
+    either = sizes[:, None] + sizes[None] - both
+    pairs = np.triu_indices(len(circuits), 1)
+    return float((both[pairs] / np.maximum(either[pairs], 1)).mean())

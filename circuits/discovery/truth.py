@@ -11,9 +11,8 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from circuits.cleanroom import addition, induction
-from circuits.discovery.graphs import LIMIT, EdgeGraph
+from circuits.discovery.graphs import LIMIT, EdgeGraph, Mask
 from circuits.discovery.results import ranked
-from circuits.discovery.searching import Mask
 from circuits.files import finite
 
 KNOWN = {"induction-by-hand": induction.TRUE_EDGES, "addition-by-hand": addition.TRUE_EDGES}

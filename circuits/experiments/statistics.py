@@ -55,6 +55,15 @@ class Interval:
         low, high = ends(np.array([value], float), drawn[:, None], n, within=within)
         return cls(value, float(low[0]), float(high[0]))
 
+    @property
+    def clear(self) -> bool:
+        """Whether the number can be told from 0: its interval is known and does not hold 0."""
+        return self.low > 0 or self.high < 0
+
+
+UNKNOWN = Interval(float("nan"), float("nan"), float("nan"))
+"""The interval of a number that is not defined."""
+
 
 def expansion(n: Int[np.ndarray, "*row"], level: float = LEVEL) -> Float[np.ndarray, "*row"]:
     """By how much intervals of a bootstrap over n clusters are too short: t sqrt(n / (n - 1)) / z.
@@ -192,6 +201,21 @@ def resampled(
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
     # Each resample has its own total weight, as it may draw large clusters more often than small ones.
     return (drawn @ sums.T) / (drawn @ counts)[:, None]
+
+
+def mean_intervals(
+    values: Float[np.ndarray, "row example"], clusters: Sequence[int], seed: int
+) -> list[Interval]:
+    """The mean of each row with its interval, over the same resamples of clusters.
+
+    Args:
+        values: in any unit, one for each example.
+        clusters: a number for each example, shared by those that are not independent.
+        seed: of the resamples.
+    """
+    drawn, n = resampled(values, clusters=clusters, seed=seed), n_clusters(clusters)
+    means = values.mean(1, dtype=np.float64).tolist()
+    return [Interval.of(mean, drawn[:, i], n) for i, mean in enumerate(means)]
 
 
 def percentiles(drawn: Float[np.ndarray, " resample"], level: float = LEVEL) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from circuits.examples import BATCH
 from circuits.experiments import Context, Variant
 from circuits.experiments.patched_runs import Options, changes_of, patches_of
 from circuits.experiments.running import MEMORY
-from circuits.experiments.statistics import Interval, n_clusters, resampled
+from circuits.experiments.statistics import Interval, mean_intervals
 from circuits.files import finite
 from circuits.hooks import Change
 from circuits.localization.grids import PatchDirection, PatchGrid, means
@@ -281,11 +281,7 @@ class HeadEffects:
         )
 
     def _intervals(self, values: Float[np.ndarray, "head example"]) -> list[Interval]:
-        drawn = resampled(values, clusters=self.grid.clusters, seed=self.grid.record.seed)
-        return [
-            Interval.of(mean, drawn[:, i], n_clusters(self.grid.clusters))
-            for i, mean in enumerate(values.mean(1).tolist())
-        ]
+        return mean_intervals(values, self.grid.clusters, self.grid.record.seed)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; None for what is not finite."""
