@@ -10,6 +10,7 @@ from typer import Exit, Typer
 from circuits.claims import Report, exit_code, read_claims
 from circuits.claims import verify as verified
 from circuits.claims.files import is_claim_file
+from circuits.claims.kept import report_folder
 from circuits.claims.report import write_report
 from circuits.cli import options
 from circuits.cli.signatures import argument, command, option
@@ -26,6 +27,9 @@ def verify(
     report: Annotated[Path | None, option(
         "The folder for report.html and report.json. By default claims/NAME in the workspace."
     )] = None,
+    exit_zero: Annotated[bool, option(
+        "End with exit code 0 whatever the verdicts are, if every claim was looked at.", "--exit-zero"
+    )] = False,
     workspace: options.WorkspaceFolder = None,
 ) -> None:  # fmt: skip
     """Test the claims of a file and say what stands.
@@ -41,26 +45,17 @@ def verify(
     for path, claims in files.items():
         with output.stages() as stage:
             made.append(verified(claims, place, folder=path.parent, stage=stage))
-        folder = report or place.root / "claims"
-        pages.append(
-            write_report(
-                made[-1], folder / _folder(claims.name) if every or report is None else folder
-            )
-        )
+        own = report_folder(place, claims.name)
+        folder = own if report is None else report / own.name if every else report
+        pages.append(write_report(made[-1], folder))
     shown = [part for one in made for part in one.tables()]
     output.show(made if every else made[0], [*shown, *(f"report: {page}" for page in pages)])
-    raise Exit(max_code(made))
+    raise Exit(0 if exit_zero else max_code(made))
 
 
 def max_code(reports: list[Report]) -> int:
     """The exit code of several reports together."""
     return exit_code([(j.verdict, j.claim.expect) for r in reports for j in r.judged])
-
-
-def _folder(name: str) -> str:
-    """A claim file's name as that of a folder."""
-    kept = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-    return kept[:80] or "claims"
 
 
 def _below(folder: Path) -> list[Path]:
