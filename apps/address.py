@@ -29,7 +29,8 @@ AGAIN = "run again for what was recalled"
 
 TITLES: Mapping[str, str] = {
     "home": "Home", "unit": "Unit", "site": "Site", "compare": "Compare", "find": "Find circuits", "circuit": "Circuit",
-    "edits": "Edits", "yours": "Your own input", "concepts": "Concepts", "case": "Case: curve detector", "jobs": "Jobs",
+    "claims": "Claims", "edits": "Edits", "yours": "Your own input", "concepts": "Concepts",
+    "case": "Case: curve detector", "jobs": "Jobs",
 }  # fmt: skip
 """The pages by their path in the URL."""
 

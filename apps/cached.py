@@ -25,6 +25,9 @@ from apps.preparing import ALONE
 from circuits.attribution import Attribution, attribute
 from circuits.attribution.channels import ChannelMethod
 from circuits.autoencoders import FILE, Autoencoder, load_autoencoder
+from circuits.claims import ClaimFile, Report, read_claims
+from circuits.claims.kept import Kept, kept_claims
+from circuits.claims.report import read_report
 from circuits.concepts import Bottleneck, Intervention, intervene, train_bottleneck
 from circuits.concepts.bottleneck import Accuracy, InterventionReport
 from circuits.discovery import Discovery, EdgeGraph, discover, edge_graph
@@ -752,3 +755,26 @@ def intervened(
     """What switching latents does to decisions about examples held out."""
     done = "; ".join(str(i.edit) for i in interventions)
     return _intervened(str(store.folder), made.bottleneck.site, seed, done, made, interventions)
+
+
+@st.cache_resource(show_spinner=False, max_entries=256)
+def _claim_file(path: str, written: int) -> ClaimFile:
+    return read_claims(path)
+
+
+@st.cache_resource(show_spinner=False, max_entries=64)
+def _claims_report(path: str, written: int) -> Report:
+    return read_report(Path(path))
+
+
+def claims_kept() -> list[Kept]:
+    """The claim files and the reports of the workspace, of all models, as the disk has them now."""
+
+    def written(path: Path) -> int:
+        return path.stat().st_mtime_ns if path.is_file() else 0
+
+    return kept_claims(
+        workspace(),
+        lambda path: _claim_file(str(path), written(path)),
+        lambda path: _claims_report(str(path), written(path)),
+    )

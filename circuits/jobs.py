@@ -40,7 +40,7 @@ from circuits.locks import hand_on, held, held_by_group, is_held, open_own
 from circuits.units import nearest, unknown
 from circuits.workspace import Workspace
 
-VERBS = ("harvest", "visualize", "sae", "graph", "families", "case", "demo", "tune")
+VERBS = ("harvest", "visualize", "sae", "graph", "families", "case", "demo", "tune", "verify")
 """What can run as a job."""
 
 PATIENCE = ((signal.SIGINT, 5.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))

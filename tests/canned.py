@@ -1,9 +1,12 @@
-"""A circuit that was found, with numbers made up: for what shows them, where finding one would take long."""
+"""A circuit that was found and a report of claims, with numbers made up: for what shows them, where making them would
+take long."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from circuits.claims import ClaimFile, Judged, Measured, Quantity, Region, Report
+from circuits.claims.registration import Earlier, Registration
 from circuits.discovery import Checked, Discovery, EdgeGraph, EdgeScores, Evaluation
 from circuits.discovery.agreement import Agreement
 from circuits.discovery.evaluating import Curve, ladder
@@ -70,3 +73,34 @@ def discovery(graph: EdgeGraph, task: Task, size: int = 10) -> Discovery:
         SearchStability({graph.edges[i]: 0.9 for i in np.flatnonzero(kept)}, 0.75, 0.6, 0.05, 100, len(task.find)),
         evaluation(graph, task.test, kept),
     )  # fmt: skip
+
+
+def claims_report(file: ClaimFile, words: str = "a number") -> Report:
+    """A report in which the first claim holds, the second is refuted, and the others could not be tested.
+
+    Args:
+        file: the claims.
+        words: stand wherever a report has words.
+    """
+    inside = Quantity(words, 0.95, 0.92, 0.98, Region(0.9, 1.1), 1e-6, 1.0, n=20, clusters=20)
+    outside = Quantity(
+        words, 0.3, 0.2, 0.4, Region(low=0.9), 1.0, 2e-9, "nats", 20, 20, (0.1, float("nan"), 0.4), words
+    )  # fmt: skip
+    unknown = Quantity(
+        words, 0.5, float("nan"), float("nan"), Region(high=0.1), float("nan"), float("nan")
+    )
+    found = (
+        Measured((inside,), words, 3, (words,), {"x": 1}),
+        Measured((inside, outside), words, 3),
+        *(Measured((unknown,), words, 3) for _ in file.claims[2:]),
+    )
+    judged = []
+    for i, (claim, measured) in enumerate(zip(file.claims, found, strict=True)):
+        before = (
+            (Earlier("2026-11-01", {"least": 0.1}, "holds", {"least": (0.1, 0.9)}),)
+            if i == 1
+            else ()
+        )
+        made = Registration(claim, "1" * 64, f"{i}" * 64, "2026-11-30", before)
+        judged.append(Judged(claim, *measured.verdict(file.alpha), measured, made))
+    return Report(file, file.model_hash, tuple(judged), "3 of 9 edges")

@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 
 from circuits.autoencoders import About, Autoencoder, save_autoencoder
+from circuits.checks import seen
+from circuits.claims import TESTS, CircuitSpec, Claim, ClaimFile, TaskSpec, write_claims
+from circuits.claims.kept import claims_folder, report_folder
+from circuits.claims.report import write_report
 from circuits.concepts import name_unit
 from circuits.families import Family, Member, save_family
 from circuits.graph.saved import save_circuit
@@ -21,6 +25,7 @@ from circuits.stimuli.sources import open_source
 from circuits.units import Unit
 from circuits.weights import build_graph
 from circuits.workspace import ModelRecord, Workspace
+from tests import canned
 
 NAMES = (
     "![p](https:host.example?x=a.png)", "![p](https://host.example/a.png)", "https://a.example", "HTTP://A.example/b",
@@ -92,6 +97,7 @@ def hostile(root: Path) -> Workspace:
         model = load_model(spec)
         harvest(model, open_source(data), sites, place, ModelRecord.of(spec, model.identity))
         _keep(place, model, sites[0])
+        _claims(place, model, spec)
     for i, name in enumerate(NAMES[:9]):
         place.register(ModelRecord(name, f"{i}" * 64))
     _jobs(place.root / "jobs")
@@ -117,6 +123,25 @@ def _keep(place: Workspace, model: HookedModel, site: str) -> None:
             save_family(place.database, family)
 
 
+def _claims(place: Workspace, model: HookedModel, spec: str) -> None:
+    """Claims, with a report, and files that are none."""
+    test = "faithfulness"
+    claims = tuple(
+        Claim(name, "sufficient", test, TESTS[test].settings({}, test), name, "refuted", name)
+        for name in map(seen, NAMES)
+    )
+    file = ClaimFile(
+        f"claims of {spec}", spec, model.hash, claims, TaskSpec(NAMES[0]), CircuitSpec(saved=NAMES[1]),
+        roles=dict(zip(NAMES, NAMES, strict=True)), about=" ".join(NAMES[:20]),
+    )  # fmt: skip
+    folder = claims_folder(place)
+    folder.mkdir(exist_ok=True)
+    write_claims(folder / f"{len(list(folder.iterdir()))} [x](www.a.example) <s>.yaml", file)
+    report = canned.claims_report(file, " ".join(NAMES[20:30]))
+    write_report(report, report_folder(place, file.name))
+    (folder / "[y](www.a.example).yaml").write_text(f"circuits_claims: {NAMES[0]!r}")
+
+
 def _jobs(folder: Path) -> None:
     for i, name in enumerate(NAMES):
         job = folder / f"2026-01-01T00-00-{i:02}"
@@ -133,6 +158,7 @@ def pages(place: Workspace) -> Iterator[tuple[str, dict[str, str]]]:
     yield "compare", {"model": eyes, "unit": "c:1", "other_model": words, "other": "act:1"}
     yield "concepts", {"sae": "x"}
     yield "case", {}
+    yield "claims", {"model": eyes, "claim": NAMES[2]}
     for model, site in ((eyes, "c"), (words, "act")):
         here = {"model": model, "site": site}
         yield "unit", {**here, "unit": "1"}
@@ -142,6 +168,7 @@ def pages(place: Workspace) -> Iterator[tuple[str, dict[str, str]]]:
         yield "yours", {**here, "text": NAMES[1]}
         yield "jobs", {**here, "do": "harvest"}
         yield "find", {**here, "sites": NAMES[2], "task": NAMES[3], "size": NAMES[4]}
+    yield "claims", {"model": words, "claim": NAMES[3]}
     yield "site", {"model": eyes, "site": "c", "as": "map"}
     yield "site", {"model": eyes, "site": "c", "as": "sheet"}
 
@@ -152,6 +179,6 @@ def asked() -> Iterator[tuple[str, dict[str, str]]]:
         ("unit", "model site unit data"), ("site", "model site as data"), ("compare", "unit other model other_model"),
         ("circuit", "unit"), ("circuit", "circuit version"), ("edits", "on watch from"), ("yours", "from text site"),
         ("concepts", "sae"), ("jobs", "model do site"), ("circuit", "circuit"),
-        ("find", "model task method search seed sites"),
+        ("find", "model task method search seed sites"), ("claims", "file claim"),
     ):  # fmt: skip
         yield view, {name: NAMES[(i + len(view)) % 9] for i, name in enumerate(parameters.split())}

@@ -11,6 +11,7 @@ from apps.address import TROUBLE, choose_model, line, name_of, part, python
 from apps.canvas import canvas
 from apps.drawing import Drawing
 from apps.panels.circuits import keep_panel, legend_panel, selection_panel, tools_panel
+from apps.panels.claiming import claim_this_panel
 from circuits.checks import whole
 from circuits.families import saved_families
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup
@@ -107,6 +108,7 @@ def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     )
     legend_panel(record, shown)
     selection_panel(record, model, store, shown, st.session_state.get(key, ""))
+    claim_this_panel(record, model, now)
     keep_panel(record, now, shown)
     start = now.graph.graph.get("made", {}).get("neighbourhood")
     made = f"GraphStore(folder).neighbourhood({start!r}, hops=1, top={TOP})"

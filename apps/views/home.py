@@ -106,6 +106,7 @@ def _links(record: ModelRecord, label: str, sites: list[str]) -> None:
         link("site", "Sheet", model=label, **site)
         link("circuit", "Circuit", model=label)
         link("find", "Find circuits", model=label)
+        link("claims", "Claims", model=label)
         link("edits", "Edits", model=label)
         link("yours", "Your own input", model=label, **site)
         if (name := record.spec.partition("+sae/")[2]) in cached.autoencoders():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from html import escape
 from pathlib import Path
 
+from circuits.claims.drawing import COLOURS, interval_svg
 from circuits.claims.verdicts import Quantity
 from circuits.claims.verifying import Judged, Report
+from circuits.errors import line
 from circuits.files import replacing, write_json
+from circuits.json_files import read_json
 from circuits.tables import Table, between
 
 _STYLE = """
@@ -18,14 +20,8 @@ h2 { margin: 2rem 0 .3rem; font-size: 1.15rem; }
 table { border-collapse: collapse; margin: .8rem 0; font-size: .92em; width: 100%; }
 td, th { padding: .25rem .6rem; text-align: left; vertical-align: top; } tr + tr { border-top: 1px solid #ddd; }
 .verdict { font-weight: 600; padding: .1rem .5rem; border-radius: .3rem; color: #fff; white-space: nowrap; }
-.holds { background: #1a6b3c; } .refuted { background: #a3261f; } .undecided { background: #6b5900; }
-.untested { background: #555; } .stale { background: #555; }
 .note { color: #444; } svg { display: block; } pre { overflow: auto; background: #f4f4f4; padding: .6rem; }
 """
-
-_CLASSES = {"holds": "holds", "refuted": "refuted", "undecided": "undecided", "stale": "stale"}
-
-_WIDTH, _HEIGHT, _EDGE = 220, 22, 8
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -35,6 +31,23 @@ def write_report(report: Report, folder: Path) -> Path:
     with replacing(path) as temporary:
         temporary.write_text(page(report), "utf-8")
     return path
+
+
+def read_report(path: Path) -> Report:
+    """The report that `write_report` wrote as JSON.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is of another form.
+    """
+    what = f"report {str(path)!r}"
+    raw = read_json(path, what)
+    try:
+        return Report.from_dict(raw)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{what} is none that this version of circuits wrote ({line(error)}): expected one of `circuits verify`"
+        ) from None
 
 
 def page(report: Report) -> str:
@@ -65,9 +78,9 @@ def page(report: Report) -> str:
 
 
 def _verdict(judged: Judged) -> str:
-    kind = _CLASSES.get(judged.verdict, "untested")
     mark = "" if judged.as_expected else " (not as expected)"
-    return f"<span class='verdict {kind}'>{escape(judged.verdict)}</span>{mark}"
+    colour = COLOURS[judged.verdict]
+    return f"<span class=verdict style='background: {colour}'>{escape(judged.verdict)}</span>{mark}"
 
 
 def _section(i: int, judged: Judged) -> str:
@@ -120,29 +133,6 @@ def _row(q: Quantity) -> str:
     )
     interval = "exact" if q.exact else between(q.low, q.high)
     return (
-        f"<tr><td>{escape(q.name)}<td>{q.value:.4g} {escape(q.unit)}<td>{_bar(q)}{escape(interval)}<td>"
+        f"<tr><td>{escape(q.name)}<td>{q.value:.4g} {escape(q.unit)}<td>{interval_svg(q)}{escape(interval)}<td>"
         f"{escape(str(q.region))}<td>{q.p_holds:.3g}<td>{q.p_refuted:.3g}<td>{null}</tr>"
-    )
-
-
-def _bar(q: Quantity) -> str:
-    """The interval as a line over the claimed region, in a drawing with a text for readers who do not see it."""
-    ends = [v for v in (q.low, q.high, q.value, q.region.low, q.region.high) if math.isfinite(v)]
-    low, high = min(ends), max(ends)
-    margin = 0.15 * (high - low) or max(abs(low), 1) * 0.1
-    low, high = low - margin, high + margin
-
-    def at(value: float) -> float:
-        share = (min(max(value, low), high) - low) / (high - low)
-        return round(_EDGE + share * (_WIDTH - 2 * _EDGE), 1)
-
-    left, right, middle = at(q.region.low), at(q.region.high), _HEIGHT / 2
-    line = ""
-    if math.isfinite(q.low) and math.isfinite(q.high):
-        line = f"<line x1={at(q.low)} x2={at(q.high)} y1={middle} y2={middle} stroke='#1b1b1b' stroke-width=2 />"
-    said = f"{q.value:.3g}, interval {between(q.low, q.high)}, claimed {q.region}"
-    return (
-        f"<svg width={_WIDTH} height={_HEIGHT} role=img aria-label='{escape(said)}'><rect x={left} y=2 "
-        f"width={max(1.0, right - left):.1f} height={_HEIGHT - 4} fill='#d9d9d9' />{line}<circle cx={at(q.value)} "
-        f"cy={middle} r=4 fill='#1b1b1b' /></svg>"
     )

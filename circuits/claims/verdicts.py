@@ -87,16 +87,21 @@ class Quantity:
     def from_dict(cls, raw: dict[str, Any]) -> Quantity:
         """What `to_dict` gave."""
         numbers = ("value", "low", "high", "p_holds", "p_refuted")
-        known: dict[str, Any] = {k: math.nan if raw[k] is None else raw[k] for k in numbers}
+        known: dict[str, Any] = {k: _number(raw[k]) for k in numbers}
+        known |= {k: str(raw[k]) for k in ("name", "unit", "null_is")}
         known["region"] = Region(
             *(_bound(raw["region"][k], s) for k, s in (("low", -1), ("high", 1)))
         )
-        known["null"] = tuple(raw["null"])
+        known["null"] = tuple(map(_number, raw["null"]))
         return cls(**{**raw, **known})
 
 
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
 def _bound(value: float | None, sign: int) -> float:
-    return sign * math.inf if value is None else value
+    return sign * math.inf if value is None else float(value)
 
 
 def quantity(
@@ -154,7 +159,9 @@ class Measured:
     def from_dict(cls, raw: dict[str, Any]) -> Measured:
         """What `to_dict` gave."""
         quantities = tuple(map(Quantity.from_dict, raw["quantities"]))
-        return cls(**(raw | {"quantities": quantities, "notes": tuple(raw["notes"])}))
+        texts: dict[str, Any] = {k: str(raw[k]) for k in ("examples", "untestable", "cannot_hold")}
+        texts["notes"] = tuple(map(str, raw["notes"]))
+        return cls(**{**raw, **texts, "quantities": quantities})
 
     def verdict(self, alpha: float) -> tuple[Verdict, str]:
         """The verdict, and why in a sentence.

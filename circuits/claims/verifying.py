@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from circuits.checks import clipped
 from circuits.claims.catalogue import TESTS
 from circuits.claims.claim import Claim, ClaimFile
-from circuits.claims.files import to_yaml
-from circuits.claims.registration import Registration, conclude, earlier_runs, register
+from circuits.claims.files import from_yaml, to_yaml
+from circuits.claims.registration import Earlier, Registration, conclude, earlier_runs, register
 from circuits.claims.subject import Subject, about, load_claims_task, subject_of
 from circuits.claims.verdicts import Level, Measured, Verdict, exit_code
 from circuits.factories import from_file
@@ -59,14 +60,40 @@ class Judged:
             "why_expected": self.claim.why, "verdict": self.verdict, "as_expected": self.as_expected, "why": self.why,
             "measured": self.measured.to_dict(),
             "registered": None if made is None else made.registered, "hash": None if made is None else made.terms,
+            "identity": None if made is None else made.identity,
             "earlier": [] if made is None else [
                 {
-                    "registered": e.registered, "verdict": e.verdict,
+                    "registered": e.registered, "verdict": e.verdict, "with": dict(e.settings),
                     "changed": {name: list(values) for name, values in e.changed.items()},
                 }
                 for e in made.earlier
             ],
         }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, claim: Claim, raw: dict[str, Any]) -> Judged:
+        """What `to_dict` gave of a claim.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it is something else.
+        """
+        verdict, made = raw["verdict"], None
+        if verdict not in get_args(Verdict) or raw["name"] != claim.name:
+            raise ValueError(
+                f"claim {clipped(repr(raw['name']))} with the verdict {clipped(repr(verdict))}: expected "
+                f"{claim.name!r} with one of {', '.join(get_args(Verdict))}"
+            )
+        if raw["registered"] is not None:
+            earlier = tuple(
+                Earlier(
+                    _text(e["registered"]), dict(e["with"]), _text(e["verdict"]),
+                    {name: (then, now) for name, (then, now) in e["changed"].items()},
+                )
+                for e in raw["earlier"]
+            )  # fmt: skip
+            identity, terms = _text(raw["identity"]), _text(raw["hash"])
+            made = Registration(claim, identity, terms, _text(raw["registered"]), earlier)
+        return cls(claim, verdict, _text(raw["why"]), Measured.from_dict(raw["measured"]), made)
 
 
 @dataclass(frozen=True)
@@ -98,6 +125,20 @@ class Report:
             "claims": [j.to_dict() for j in self.judged],
         })  # fmt: skip
 
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Report:
+        """What `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it is something else.
+        """
+        file = from_yaml(raw["file"], "file")
+        judged = tuple(
+            Judged.from_dict(claim, own)
+            for claim, own in zip(file.claims, raw["claims"], strict=True)
+        )
+        return cls(file, _text(raw["model_hash"]), judged, _text(raw["circuit"]))
+
     def tables(self) -> Iterator[Table | str]:
         """The verdicts, and the numbers behind each."""
         file = self.file
@@ -116,6 +157,12 @@ class Report:
         yield Table(("claim", "test", "verdict", "expected", "why"), rows, title, note)
         for judged in self.judged:
             yield from _details(judged)
+
+
+def _text(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise TypeError(f"{clipped(repr(raw))} is no text")
+    return raw
 
 
 _SHOWN = 8

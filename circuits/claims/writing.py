@@ -5,7 +5,8 @@ from __future__ import annotations
 from circuits.claims.catalogue import TESTS
 from circuits.claims.claim import CircuitSpec, Claim, ClaimFile, TaskSpec
 from circuits.claims.parts import Ablation
-from circuits.claims.subject import RESTORABLE
+from circuits.claims.subject import RESTORABLE, load_claims_task
+from circuits.discovery.found import check_not_found_on, edges_of
 from circuits.graph.circuit import CircuitGraph
 from circuits.models.adapter.hooked_model import HookedModel
 
@@ -28,6 +29,36 @@ USUAL = (
 """The claims of a new file: test, kind, and statement. The others need to be told tasks or ablations."""
 
 
+def task_of_circuit(
+    circuit: CircuitGraph,
+    model: HookedModel,
+    spec: str = "",
+    examples: int | None = None,
+    seed: int | None = None,
+) -> TaskSpec:
+    """The task that claims about a circuit are tested on, whose `test` half was not seen when it was found.
+
+    Args:
+        circuit: a circuit that was found.
+        model: its model.
+        spec: the task; the one on which it was found if empty.
+        examples: how many are drawn for both halves; as many as when it was found if None.
+        seed: of the examples and their halves; the one with which it was found if None.
+
+    Raises:
+        KeyError, FileNotFoundError, ValueError: if the circuit was not found, the task cannot be made, or the circuit
+            was found on an example of its `test` half.
+    """
+    edges_of(circuit)
+    made = circuit.graph["made"]
+    if examples is None:  # circuits that were saved earlier say those of one half only
+        examples = int(made.get("examples") or 2 * len(made.get("found_on", ())))
+    own = int(made.get("seed", 0)) if seed is None else seed
+    task = TaskSpec(spec or str(made.get("task", "")), examples, own)
+    check_not_found_on(circuit, load_claims_task(model, task).test)
+    return task
+
+
 def claims_of_circuit(
     name: str,
     circuit: CircuitGraph,
@@ -39,11 +70,12 @@ def claims_of_circuit(
     ablation: Ablation = "counterpart",
     about: str = "",
     seed: int = 0,
+    saved: str = "",
 ) -> ClaimFile:
     """A claim file about a saved circuit, with its usual claims.
 
     Args:
-        name: of the circuit in the workspace.
+        name: of the claims.
         circuit: the circuit.
         model: its model.
         spec: the model, as `load_model` takes it.
@@ -52,6 +84,7 @@ def claims_of_circuit(
         ablation: what everything outside the circuit carries.
         about: the story, in a few sentences.
         seed: of everything random.
+        saved: the circuit's name in the workspace, if it is not that of the claims.
     """
     made = circuit.graph.get("made", {})
     claims = []
@@ -66,6 +99,6 @@ def claims_of_circuit(
         settings = TESTS[test].settings(given, test)
         claims.append(Claim(f"{kind}: {test}", kind, test, settings, statement))
     return ClaimFile(
-        name, spec, model.hash, tuple(claims), task, CircuitSpec(saved=name), ablation, about=about, weights=weights,
-        seed=seed,
+        name, spec, model.hash, tuple(claims), task, CircuitSpec(saved=saved or name), ablation, about=about,
+        weights=weights, seed=seed,
     )  # fmt: skip

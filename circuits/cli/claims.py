@@ -8,13 +8,10 @@ from typing import Annotated
 from typer import Typer
 
 from circuits.claims import KINDS, TESTS, claims_schema, write_claims
-from circuits.claims.claim import TaskSpec
 from circuits.claims.parts import Ablation
-from circuits.claims.subject import load_claims_task
-from circuits.claims.writing import claims_of_circuit
+from circuits.claims.writing import claims_of_circuit, task_of_circuit
 from circuits.cli import options
 from circuits.cli.signatures import Within, argument, command, option
-from circuits.discovery.found import check_not_found_on
 from circuits.examples import LIMIT
 from circuits.graph.saved import load_circuit
 from circuits.tables import Table
@@ -45,9 +42,7 @@ def new(
     loaded = model.load()
     found = load_circuit(model.place.database, circuit, loaded.hash)
     weights = str(model.weights.resolve()) if model.weights else ""
-    made = found.graph.get("made", {})
-    spec = TaskSpec(task or str(made.get("task", "")), examples, seed)
-    check_not_found_on(found, load_claims_task(loaded, spec).test)
+    spec = task_of_circuit(found, loaded, task, examples, seed)
     file = claims_of_circuit(
         circuit,
         found,

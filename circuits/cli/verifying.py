@@ -11,6 +11,7 @@ from typer import Exit, Typer
 from circuits.claims import exit_code, read_claims
 from circuits.claims import verify as verified
 from circuits.claims.files import is_claim_file
+from circuits.claims.kept import report_folder
 from circuits.claims.recording import LONG, read_recorded
 from circuits.claims.recording import record as write_record
 from circuits.claims.report import write_report
@@ -35,6 +36,9 @@ def verify(
     report: Annotated[Path | None, option(
         "The folder for report.html and report.json. By default claims/NAME in the workspace."
     )] = None,
+    exit_zero: Annotated[bool, option(
+        "End with exit code 0 whatever the verdicts are, if every claim was looked at.", "--exit-zero"
+    )] = False,
     workspace: options.WorkspaceFolder = None,
 ) -> None:  # fmt: skip
     """Test the claims of a file and say what stands.
@@ -61,23 +65,14 @@ def verify(
             made = verified(claims, place, folder=path.parent, stage=stage)
         if record:
             write_record(path, made, time.monotonic() - begun)
-        folder = (
-            report
-            if report is not None and not every
-            else (report or place.root / "claims") / _folder(claims.name)
-        )
+        own = report_folder(place, claims.name)
+        folder = own if report is None else report / own.name if every else report
         page = write_report(made, folder)
         facts.append(made)
         shown += [*made.tables(), f"report: {page}"]
         verdicts += [(j.verdict, j.claim.expect) for j in made.judged]
     output.show(facts if every else facts[0], shown)
-    raise Exit(exit_code(verdicts))
-
-
-def _folder(name: str) -> str:
-    """A claim file's name as that of a folder."""
-    kept = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-    return kept[:80] or "claims"
+    raise Exit(0 if exit_zero else exit_code(verdicts))
 
 
 def _below(folder: Path) -> list[Path]:

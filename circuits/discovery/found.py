@@ -110,7 +110,8 @@ def circuit_graph(
         "model": model.name, "model_hash": model.hash, ORDER: [site.name for site in model.sites],
         "made": {
             "by": "discover", "grain": graph.grain, "graph": dict(graph.choices), "task": task.name,
-            "task_hash": task.hash, "found_on": [find.examples.identity(i) for i in range(len(find))],
+            "task_hash": task.hash, "examples": len(task) if task.half == "all" else 0,
+            "found_on": [find.examples.identity(i) for i in range(len(find))],
             "metric": scores.metric, "method": scores.method,
             "settings": dict(scores.settings), **how, "seed": scores.record.seed,
             "edges": [list(graph.edges[e]) for e in edges],
