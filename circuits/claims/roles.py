@@ -10,7 +10,7 @@ from circuits.claims.evidence import Mean, Region, Share
 from circuits.claims.settings import ClaimTest, Parameter, Settings
 from circuits.claims.subject import Subject
 from circuits.claims.verdicts import Level, Measured, Quantity, quantity
-from circuits.edits.records import read_edit
+from circuits.edits.records import Edit, read_edit
 from circuits.experiments import INTACT, Variant, null_of, run
 from circuits.localization.attention import pattern_head
 from circuits.localization.heads import CHANCE, KINDS, score_heads
@@ -102,13 +102,23 @@ def _position(text: str) -> int | None:
     return int(text) if digits.isdecimal() and digits.isascii() and len(digits) < 10 else None
 
 
+def _check_heads(subject: Subject, settings: Settings) -> None:
+    if isinstance(subject.model.input, TokenInput):
+        for head in settings.get("heads", (settings.get("head"),)):
+            pattern_head(subject.model, head)
+
+
 # --- edits -------------------------------------------------------------------------------------------
+
+
+def _read(subject: Subject, settings: Settings) -> tuple[Edit, ...]:
+    return tuple(read_edit(subject.model, text, files=False) for text in settings["edits"])
 
 
 def edit_effect(subject: Subject, settings: Settings, level: Level) -> Measured:
     """What edits do to the task's metric: as predicted, and more than random edits of the same kind and norm."""
     model, task = subject.model, subject.test
-    edits = tuple(read_edit(model, text, files=False) for text in settings["edits"])
+    edits = _read(subject, settings)
     own = Variant(_EDITED, edits)
     null = null_of(model, own, task.examples, settings["random"], subject.seed)
     outcomes = run(
@@ -150,7 +160,7 @@ TESTS = (
             Parameter("least", "the least share of attention", 0.3, 0, 1),
             Parameter("margin", "how much it has to be above chance", 0.1, 0, 1),
             Parameter("texts", "how many texts", 64, 4, 10**5, whole=True),
-        ), head_role, circuit=False,
+        ), head_role, circuit=False, check=_check_heads,
     ),
     ClaimTest(
         "attends", ("role",),
@@ -161,7 +171,7 @@ TESTS = (
             Parameter("key", "to where", form="text"),
             Parameter("least", "the least share of attention", 0.3, 0, 1),
             Parameter("margin", "how much it has to be above even attention", 0.1, 0, 1),
-        ), attends, circuit=False,
+        ), attends, circuit=False, check=_check_heads,
     ),
     ClaimTest(
         "edit-effect", ("effect",),
@@ -173,6 +183,6 @@ TESTS = (
             Parameter("most", "the largest change"),
             Parameter("random", "how many random edits", 99, 0, 10**5, whole=True),
             Parameter("rank", "the least share of random edits that change less", 0.9, 0, 1),
-        ), edit_effect, circuit=False,
+        ), edit_effect, circuit=False, check=_read,
     ),
 )  # fmt: skip

@@ -100,6 +100,12 @@ class Parameter:
 
 Run = Callable[[Subject, Settings, Level], Measured]
 
+Check = Callable[[Subject, Settings], object]
+
+
+def _nothing(subject: Subject, settings: Settings) -> None:
+    """For tests whose settings name nothing."""
+
 
 @dataclass(frozen=True)
 class ClaimTest:
@@ -112,6 +118,8 @@ class ClaimTest:
         parameters: its thresholds and choices.
         run: measures.
         circuit: whether it is about a circuit.
+        check: raises KeyError or ValueError if its settings name what the model does not have; called for all claims of
+            a file before any is registered.
     """
 
     name: str
@@ -120,6 +128,7 @@ class ClaimTest:
     parameters: tuple[Parameter, ...]
     run: Run
     circuit: bool = True
+    check: Check = _nothing
 
     def settings(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
         """All settings: those that are given, checked, and the defaults of the others.

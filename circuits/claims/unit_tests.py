@@ -206,6 +206,11 @@ def causality(subject: Subject, settings: Settings, level: Level) -> Measured:
     return Measured((made,), subject.said(), subject.seed, (note,))
 
 
+def _check_units(subject: Subject, settings: Settings) -> None:
+    for unit in settings.get("units", (settings.get("unit"),)):
+        subject.model.unit(unit)
+
+
 _UNIT = Parameter("unit", "the unit, as SITE:INDEX", form="text")
 _ON_DATA = (
     _UNIT,
@@ -226,7 +231,7 @@ TESTS = (
             Parameter("width", "the largest full width at half maximum, in degrees", 90, 0, 360),
             Parameter("echo", "the largest answer to the opposed curve, of the peak", 0.2, 0, 1),
             Parameter("lines", "the largest answer to a straight line, of the peak", 0.8, 0, 10),
-        ), tuned, circuit=False,
+        ), tuned, circuit=False, check=_check_units,
     ),
     ClaimTest(
         "invariance", ("curve-detector",),
@@ -235,7 +240,7 @@ TESTS = (
             _UNIT,
             Parameter("aspects", "what changes", ("contrast", "thickness"), choices=ASPECTS, form="texts"),
             Parameter("least", "the smallest answer, as a share of the largest", 0.5, 0, 1),
-        ), invariant, circuit=False,
+        ), invariant, circuit=False, check=_check_units,
     ),
     ClaimTest(
         "family", ("family",),
@@ -245,12 +250,12 @@ TESTS = (
             Parameter("transformation", "how they differ", "rotation", choices=get_args(Transformation), form="text"),
             Parameter("groups", "random groups of units", 199, 19, 10**5, whole=True),
             Parameter("rank", "the least share of random groups that agree less", 0.9, 0, 1),
-        ), family, circuit=False,
+        ), family, circuit=False, check=_check_units,
     ),
     ClaimTest(
         "generality", ("detector",),
         "The area under the ROC curve of the unit's answer, for images of the feature among others.",
-        (*_ON_DATA, Parameter("least", "the least AUROC", 0.8, 0, 1)), generality, circuit=False,
+        (*_ON_DATA, Parameter("least", "the least AUROC", 0.8, 0, 1)), generality, circuit=False, check=_check_units,
     ),
     ClaimTest(
         "purity", ("detector",),
@@ -258,7 +263,7 @@ TESTS = (
         (
             *_ON_DATA, Parameter("top", "which share of the images counts as driving it most", 0.05, 0.001, 1),
             Parameter("least", "the least share of them", 0.8, 0, 1),
-        ), purity, circuit=False,
+        ), purity, circuit=False, check=_check_units,
     ),
     ClaimTest(
         "causality", ("detector",),
@@ -267,6 +272,6 @@ TESTS = (
             Parameter("units", "the units", form="texts"),
             Parameter("random", "random sets of units", 99, 10, 10**5, whole=True),
             Parameter("rank", "the least share of them that change less", 0.9, 0, 1),
-        ), causality, circuit=False,
+        ), causality, circuit=False, check=_check_units,
     ),
 )  # fmt: skip

@@ -234,6 +234,8 @@ def verify(
     subjects = [
         subject if c.circuit is None else about(subject, c.circuit, file.shift) for c in file.claims
     ]
+    for claim, own in zip(file.claims, subjects, strict=True):
+        TESTS[claim.test].check(own, claim.settings)
     # What came before is read first: claims of one file that differ in their settings only share a history.
     before = [
         earlier_runs(database, file, c, own) for c, own in zip(file.claims, subjects, strict=True)

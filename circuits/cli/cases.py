@@ -85,6 +85,8 @@ def _study(name: str) -> Any:
         raise ValueError(
             f"case {name!r}: cases are part of the project's folder, and {str(folder)!r} holds none"
         )
+    if (claims := folder / name.replace("-", "_") / "claims.yaml").is_file() and name not in known:
+        raise ValueError(f"case {name!r} is a file of claims: run circuits verify {claims}")
     if name not in known:
         raise ValueError(f"case {name!r} is not one of {', '.join(known)}")
     if str(_PROJECT) not in sys.path:

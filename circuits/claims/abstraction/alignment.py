@@ -372,6 +372,11 @@ def _compared(
     )  # fmt: skip
 
 
+def _check(subject: Subject, settings: Settings) -> None:
+    named(subject, settings)
+    parsed(subject.model, [settings["variable"]])
+
+
 TESTS = (
     ClaimTest(
         "alignment", ("algorithm",),
@@ -386,6 +391,6 @@ TESTS = (
             Parameter("keep", "the share of it that is to be left along what the next layer reads", 0.8, 0, 1),
             Parameter("pairs", "pairs of the find half", 1024, 8, 10**6, whole=True),
             Parameter("steps", "steps of the search", 250, 1, 10**6, whole=True),
-        ), alignment, circuit=False,
+        ), alignment, circuit=False, check=_check,
     ),
 )  # fmt: skip

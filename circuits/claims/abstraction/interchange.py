@@ -257,6 +257,11 @@ def _against(
     )
 
 
+def _check(subject: Subject, settings: Settings) -> None:
+    named(subject, settings)
+    parsed(subject.model, settings["variables"])
+
+
 ALGORITHM = (
     Parameter(
         "algorithm",
@@ -278,6 +283,6 @@ TESTS = (
             ),
             Parameter("least", "the least accuracy", 0.9, 0, 1),
             Parameter("rival", "another algorithm with these variables, to compare with", "", form="text"),
-        ), interchange, circuit=False,
+        ), interchange, circuit=False, check=_check,
     ),
 )  # fmt: skip

@@ -366,6 +366,11 @@ def _loss(
     )
 
 
+def _check(subject: Subject, settings: Settings) -> None:
+    named(subject, settings)
+    _graph(subject.model, Hypothesis.parse(settings["edges"], settings["variables"]))
+
+
 TESTS = (
     ClaimTest(
         "scrubbing", ("algorithm",),
@@ -380,6 +385,6 @@ TESTS = (
             ),
             Parameter("least", "the least share of the loss", 0.9, -10, 10),
             Parameter("draws", "how often each example is resampled", 4, 1, 1000, whole=True),
-        ), scrubbing, circuit=False,
+        ), scrubbing, circuit=False, check=_check,
     ),
 )  # fmt: skip

@@ -130,6 +130,11 @@ def _said(
     return f"{name}: another answer, or a tie, on {len(wrong)} of all {len(task)} inputs, such as {first!r}"
 
 
+def _check(subject: Subject, settings: Settings) -> None:
+    named(subject, settings)
+    domain(subject.model, settings["tokens"])
+
+
 TESTS = (
     ClaimTest(
         "specification", ("algorithm",),
@@ -142,6 +147,6 @@ TESTS = (
                 "ablation", "what is outside the circuit carries", "mean", choices=("mean", "mean-by-position", "zero"),
                 form="text",
             ),
-        ), specification, circuit=False,
+        ), specification, circuit=False, check=_check,
     ),
 )  # fmt: skip

@@ -1,0 +1,217 @@
+"""`circuits claim` and `circuits verify`: files, reports, exit codes, history, and work that was stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from circuits.claims import read_claims, verify
+from circuits.claims.catalogue import TESTS
+from circuits.claims.recording import recorded_path
+from circuits.claims.settings import ClaimTest
+from circuits.cli.main import run
+from circuits.environment import WORKSPACE
+from circuits.models.zoo.loading import load_model
+from circuits.tasks.task import Task
+from circuits.workspace import Workspace
+
+EDGES = ["token -> 0.0.v", "0.0 -> mlp:0", "mlp:0 -> logits"]
+CASES = Path(__file__).parents[1] / "cases"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(WORKSPACE, str(tmp_path / "ws"))
+    return tmp_path
+
+
+def written(folder: Path, *claims: dict[str, Any], **fields: Any) -> str:
+    raw = {
+        "circuits_claims": 1, "name": "adding", "model": "addition-by-hand",
+        "model_hash": load_model("addition-by-hand").hash, "task": {"examples": 24}, "circuit": {"edges": EDGES},
+        "claims": list(claims),
+    }  # fmt: skip
+    path = folder / "claims.yaml"
+    path.write_text(yaml.safe_dump(raw | fields), "utf-8")
+    return str(path)
+
+
+HOLDS = {"claim": "sufficient", "test": "faithfulness"}
+FALLS = {
+    "claim": "necessary",
+    "test": "knockout",
+    "circuit": {"edges": EDGES[:1]},
+    "with": {"most": -1},
+}
+OPEN = {"claim": "equivalent", "test": "equivalence"}
+
+
+@pytest.mark.parametrize(
+    ("claims", "code"),
+    [
+        ((HOLDS,), 0),
+        ((HOLDS, {**FALLS, "expect": "refuted", "why": "it is needed"}), 0),
+        ((HOLDS, FALLS), 1),
+        ((HOLDS, OPEN), 3),
+    ],
+)
+def test_the_exit_code_says_what_stands(folder: Path, capsys, claims: tuple[Any, ...], code: int):
+    assert run(["verify", written(folder, *claims), "--json"]) == code
+    report = json.loads(capsys.readouterr().out)
+    assert report["exit_code"] == code
+    assert report["claims"][0]["verdict"] == "holds"
+    kept = json.loads((folder / "ws/claims/adding/report.json").read_text())
+    assert kept["claims"][0]["measured"] == report["claims"][0]["measured"]
+    page = (folder / "ws/claims/adding/report.html").read_text()
+    assert "faithfulness (noising)" in page
+    assert "<script" not in page
+
+
+def test_a_model_that_changed_makes_claims_stale(folder: Path, capsys):
+    assert run(["verify", written(folder, HOLDS, model_hash="0" * 64)]) == 4
+    assert "stale" in capsys.readouterr().out
+
+
+def test_history_shows_what_was_changed(folder: Path, capsys):
+    run(["verify", written(folder, HOLDS), "--json"])
+    run(["verify", written(folder, {**HOLDS, "with": {"least": 0.5}}), "--json"])
+    second = capsys.readouterr().out.strip().split("\n}\n")[-1]
+    [earlier] = json.loads(second)["claims"][0]["earlier"]
+    assert earlier["verdict"] == "holds"
+    assert earlier["changed"] == {"least": [0.9, 0.5]}
+    # another statement is another claim
+    run(["verify", written(folder, {**HOLDS, "statement": "It is all there."}), "--json"])
+    assert json.loads(capsys.readouterr().out)["claims"][0]["earlier"] == []
+
+
+def test_claims_are_registered_before_anything_is_measured(folder: Path, monkeypatch):
+    file = read_claims(written(folder, HOLDS))
+    place, model = Workspace(folder / "ws"), load_model("addition-by-hand")
+    seen: list[list[str]] = []
+
+    def looked(task: Any, half: Any) -> Any:
+        rows = place.database.rows("SELECT body FROM records WHERE kind='claim'")
+        seen.append([json.loads(row[0])["event"] for row in rows])
+        return original(task, half)
+
+    original = Task._half
+    monkeypatch.setattr(Task, "_half", looked)
+    verify(file, place, model=model)
+    assert seen
+    assert all(events and events[0] == "registered" for events in seen)
+
+
+def test_work_that_was_stopped_goes_on(folder: Path, monkeypatch):
+    file = read_claims(written(folder, HOLDS, OPEN))
+    place, model = Workspace(folder / "ws"), load_model("addition-by-hand")
+    whole = verify(file, place, model=model)
+    calls: list[str] = []
+
+    def counted(test: ClaimTest) -> ClaimTest:
+        def measure(*args: Any) -> Any:
+            calls.append(test.name)
+            if calls == ["faithfulness", "equivalence"]:
+                raise KeyboardInterrupt
+            return test.run(*args)
+
+        return replace(test, run=measure)
+
+    monkeypatch.setattr(
+        "circuits.claims.verifying.TESTS", {n: counted(t) for n, t in TESTS.items()}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        verify(file, place, model=model)
+    done = verify(file, place, model=model)
+    assert calls == ["faithfulness", "equivalence", "equivalence"], "what was measured is kept"
+    assert [j.measured for j in done.judged] == [j.measured for j in whole.judged]
+    registration = done.judged[1].registration
+    assert registration is not None
+    assert [run.verdict for run in registration.earlier] == ["undecided", ""], (
+        "the second did not end"
+    )
+
+
+def test_recorded_verdicts_belong_to_the_claims(folder: Path, capsys):
+    path = written(folder, HOLDS)
+    assert run(["verify", path, "--record"]) == 0
+    kept = json.loads(recorded_path(Path(path)).read_text())
+    recorded_path(Path(path)).write_text(json.dumps(kept | {"seconds": 100}))
+    assert run(["verify", path, "--quick"]) == 0
+    assert "as recorded, not measured again" in capsys.readouterr().out
+    written(folder, {**HOLDS, "with": {"least": 0.8}})
+    assert run(["verify", path, "--quick"]) == 2
+    assert "is of other claims than" in capsys.readouterr().err
+
+
+def test_a_file_from_a_circuit(folder: Path, capsys):
+    assert run(["discover", "addition-by-hand", "--size", "3", "--limit", "24", "--save", "sum", "--random", "2",
+                "--random-rankings", "1", "--check", "0"]) == 0  # fmt: skip
+    out = folder / "sum.yaml"
+    assert run(["claim", "new", "addition-by-hand", "sum", "--out", str(out), "--limit", "24"]) == 0
+    file = read_claims(out)
+    assert file.circuit.saved == "sum"
+    assert {c.test for c in file.claims} >= {"faithfulness", "knockout", "minimality", "stability"}
+    capsys.readouterr()
+    assert run(["claim", "new", "addition-by-hand", "sum", "--out", str(out), "--limit", "30"]) == 2
+    assert "is one on which the circuit was found" in capsys.readouterr().err
+
+
+EDIT = {
+    "claim": "effect",
+    "test": "edit-effect",
+    "with": {"edits": ["zero nowhere:1"], "least": 0, "most": 1},
+}
+UNIT = {"claim": "curve-detector", "test": "tuning", "with": {"unit": "nowhere:1", "angle": 0}}
+SUMS = {
+    "claim": "algorithm",
+    "test": "specification",
+    "with": {"algorithm": "sums", "tokens": ["0"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("claims", "fields", "said"),
+    [
+        ((HOLDS,), {"circuit": {"edges": ["mlp:0 -> logit"]}}, "unknown edge of addition-by-hand 'mlp:0 -> logit'"),
+        ((HOLDS,), {"circuit": {"saved": "nothing"}}, "no circuit 'nothing' for weights"),
+        ((HOLDS,), {"circuit": {"file": "nothing.json"}}, "nothing.json"),
+        ((HOLDS,), {"circuit": {"units": ["blocks.0.attn.hook_z:9"]}}, "blocks.0.attn.hook_z"),
+        ((HOLDS,), {"model": "induction-by-hand"}, "stale"),
+        ((HOLDS,), {"model": "x.py:f"}, "would run its own code"),
+        ((HOLDS,), {"task": {"spec": "nonsense"}}, "nonsense"),
+        (({"claim": "role", "test": "head-role", "with": {"heads": ["9.9"], "role": "induction"}},), {}, "9.9"),
+        (({"claim": "role", "test": "head-role", "with": {"heads": ["0.0"], "role": "chef"}},), {}, "role 'chef'"),
+        ((HOLDS, EDIT), {}, "nowhere"),
+        ((HOLDS, UNIT), {}, "nowhere"),
+        ((HOLDS, SUMS), {}, "sums"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_before_anything_runs(
+    folder: Path, capsys, claims: tuple[Any, ...], fields: dict[str, Any], said: str
+):
+    code = run(["verify", written(folder, *claims, **fields)])
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err
+    assert code == (4 if said == "stale" else 2)
+    assert len(shown.err.strip().splitlines()) <= 1
+    if code == 2:
+        assert not Workspace(folder / "ws").database.there(), "nothing was registered"
+
+
+@pytest.mark.nightly
+def test_all_cases_are_what_they_were():
+    assert run(["verify", "--all", str(CASES), "--workspace", "cache"]) == 0
+
+
+def test_cases_are_as_recorded(folder: Path, capsys):
+    assert run(["verify", str(CASES / "induction/claims.yaml"), "--quick"]) == 0
+    assert "as recorded" in capsys.readouterr().out
+    for path in CASES.rglob("claims.yaml"):
+        file = read_claims(path)
+        assert file.model_hash == load_model(file.model).hash
+        assert any(claim.expect == "refuted" for claim in file.claims)
