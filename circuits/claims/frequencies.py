@@ -57,7 +57,7 @@ def wave_part(logits: Logits, frequencies: Sequence[int]) -> Logits:
     found = torch.zeros_like(logits)
     for k in frequencies:
         for wave in (torch.cos, torch.sin):
-            basis = wave(2 * torch.pi * k * total / p).double()
+            basis = wave(2 * torch.pi * k * total.double() / p)
             found += 2 * basis[:, :, None] * einsum(basis, logits, "a b, a b c -> c") / p**2
     return found
 

@@ -1,7 +1,7 @@
 """Registration: what is claimed is written down, hashed and dated, before the examples that judge it are drawn.
 
 It is kept in the workspace's database, where nothing is changed or deleted. A claim about the same thing (model, task,
-circuit, kind, statement) has one history, in which earlier runs and changed thresholds stand; a claim that is edited
+circuit, kind, statement, and what its settings name) has one history, in which earlier runs and changed thresholds stand; a claim that is edited
 has another hash, and starts a history of its own.
 """
 
@@ -63,13 +63,18 @@ def terms_of(file: ClaimFile, claim: Claim, subject: Subject) -> tuple[str, dict
     about = {
         "model": subject.model.hash, "task": subject.task.hash, "task_seed": subject.task.seed, "circuit": parts,
         "ablation": subject.ablation, "shift": file.shift, "claim": claim.kind, "test": claim.test,
-        "statement": claim.statement, "files": _files(claim, subject),
+        "statement": claim.statement, "named": _named(claim), "files": _files(claim, subject),
     }  # fmt: skip
     terms = {
         "settings": _plain(claim.settings), "seed": file.seed, "alpha": file.alpha, "tests": len(file.claims),
         "expect": claim.expect,
     }  # fmt: skip
     return digest(about), terms
+
+
+def _named(claim: Claim) -> dict[str, Any]:
+    """The settings that name something, such as a unit: of another unit it is another claim. Numbers are thresholds."""
+    return {name: v for name, v in _plain(claim.settings).items() if isinstance(v, str | list)}
 
 
 def _files(claim: Claim, subject: Subject) -> dict[str, str]:

@@ -90,6 +90,7 @@ class ModelEntry:
             "cleanroom",
             "shapes",
             "induction",
+            "addition",
             "induction-by-hand",
             "addition-by-hand",
         )
