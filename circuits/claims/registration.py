@@ -1,8 +1,8 @@
 """Registration: what is claimed is written down, hashed and dated, before the examples that judge it are drawn.
 
 It is kept in the workspace's database, where nothing is changed or deleted. A claim about the same thing (model, task,
-circuit, kind, statement, and what its settings name) has one history, in which earlier runs and changed thresholds stand; a claim that is edited
-has another hash, and starts a history of its own.
+circuit, kind, statement, and what its settings name) has one history, in which earlier runs and changed thresholds
+stand; a claim that is edited has another hash, and starts a history of its own.
 """
 
 from __future__ import annotations
