@@ -15,6 +15,8 @@ from circuits.claims.catalogue import TESTS
 from circuits.claims.recording import read_recorded, recorded_path
 from circuits.claims.settings import ClaimTest
 from circuits.cli.main import run
+from circuits.edits.recipes import Recipe
+from circuits.edits.records import read_edit
 from circuits.environment import WORKSPACE
 from circuits.models.zoo.loading import load_model
 from circuits.tasks.task import Task
@@ -201,6 +203,31 @@ def test_what_does_not_fit_is_refused_before_anything_runs(
     assert len(shown.err.strip().splitlines()) <= 1
     if code == 2:
         assert not Workspace(folder / "ws").database.there(), "nothing was registered"
+
+
+def test_a_file_from_a_recipe(folder: Path, capsys):
+    recipe, out = folder / "less.json", folder / "less.yaml"
+    model = load_model("addition-by-hand")
+    Recipe.of(model, [read_edit(model, "scale blocks.0.attn.hook_z:0 factor=0.5")]).save(recipe)
+    assert (
+        run(["claim", "new", "addition-by-hand", "--recipe", str(recipe), "--out", str(out)]) == 2
+    )
+    assert "--least and --most belong to --recipe" in capsys.readouterr().err
+    said = [
+        "claim",
+        "new",
+        "addition-by-hand",
+        "--recipe",
+        str(recipe),
+        "--out",
+        str(out),
+        "--limit",
+        "24",
+    ]
+    assert run([*said, "--least", "0.5", "--most", "20"]) == 0
+    [claim] = read_claims(out).claims
+    assert claim.settings["edits"] == ("scale units=blocks.0.attn.hook_z:0 factor=0.5",)
+    assert (claim.settings["least"], claim.settings["most"]) == (0.5, 20)
 
 
 @pytest.mark.nightly

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from circuits.checks import clipped
 from circuits.claims.catalogue import TESTS
 from circuits.claims.claim import CircuitSpec, Claim, ClaimFile, TaskSpec
 from circuits.claims.parts import Ablation
 from circuits.claims.subject import RESTORABLE, load_claims_task
 from circuits.discovery.found import check_not_found_on, edges_of
+from circuits.edits.recipes import Recipe
+from circuits.edits.records import read_edit
 from circuits.graph.circuit import CircuitGraph
 from circuits.models.adapter.hooked_model import HookedModel
 
@@ -102,3 +105,51 @@ def claims_of_circuit(
         name, spec, model.hash, tuple(claims), task, CircuitSpec(saved=saved or name), ablation, about=about,
         weights=weights, seed=seed,
     )  # fmt: skip
+
+
+def claims_of_recipe(
+    name: str,
+    recipe: Recipe,
+    model: HookedModel,
+    spec: str,
+    task: TaskSpec,
+    least: float,
+    most: float,
+    *,
+    weights: str = "",
+    about: str = "",
+    seed: int = 0,
+) -> ClaimFile:
+    """A claim file about what a recipe's edits do to a task's metric.
+
+    Args:
+        name: of the claims.
+        recipe: the edits.
+        model: the model that they are made in.
+        spec: the model, as `load_model` takes it.
+        task: the task.
+        least: the least change of the metric that is predicted, in its unit.
+        most: the largest.
+        weights: the model's file of weights.
+        about: the story, in a few sentences.
+        seed: of everything random.
+
+    Raises:
+        ValueError: if the edits do not fit the model, or cannot be written in a claim file.
+    """
+    recipe.check(model)
+    texts = [str(edit) for edit in recipe.edits]
+    for text, edit in zip(texts, recipe.edits, strict=True):
+        if read_edit(model, text, files=False) != edit:
+            raise ValueError(
+                f"edit {clipped(text)}: its numbers are too many to be written in a claim file"
+            )
+    settings = TESTS["edit-effect"].settings(
+        {"edits": texts, "least": least, "most": most}, "edit-effect"
+    )
+    claim = Claim(
+        "effect: edit-effect", "effect", "edit-effect", settings, "The edits do what is predicted."
+    )
+    return ClaimFile(
+        name, spec, model.hash, (claim,), task, about=about, weights=weights, seed=seed
+    )

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Typer
 
 from circuits.claims import KINDS, TESTS, claims_schema, write_claims
+from circuits.claims.claim import TaskSpec
 from circuits.claims.parts import Ablation
-from circuits.claims.writing import claims_of_circuit, task_of_circuit
+from circuits.claims.writing import claims_of_circuit, claims_of_recipe, task_of_circuit
 from circuits.cli import options
+from circuits.cli.recipes import recipe_of
 from circuits.cli.signatures import Within, argument, command, option
 from circuits.examples import LIMIT
 from circuits.graph.saved import load_circuit
 from circuits.tables import Table
 
 app = Typer(
-    help="Write a claim file from a saved circuit, and list the tests that could refute claims.",
+    help="Write a claim file from a saved circuit or a recipe, and list the tests that could refute claims.",
     no_args_is_help=True,
 )
 
@@ -25,9 +27,18 @@ app = Typer(
 @command(app)
 def new(
     model: options.Model,
-    circuit: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")],
     out: Annotated[Path, option("The file to write, .yaml.", "--out")],
     output: options.Output,
+    circuit: Annotated[str, argument("The name of a circuit that `circuits discover --save` kept.")] = "",
+    recipe: Annotated[Path | None, option(
+        "A recipe instead of a circuit: the claim is what its edits do to the task's metric, see --least and --most."
+    )] = None,
+    least: Annotated[float | None, option(
+        "With --recipe: the least change of the metric that is predicted.", check=Within(-(10**9), 10**9)
+    )] = None,
+    most: Annotated[float | None, option(
+        "With --recipe: the largest change that is predicted.", check=Within(-(10**9), 10**9)
+    )] = None,
     task: Annotated[str, option("The task. By default the one on which the circuit was found.", "--task")] = "",
     examples: Annotated[int, option(
         "How many examples are drawn for both halves of the task: as many as when the circuit was found.", "--limit",
@@ -37,23 +48,29 @@ def new(
     about: Annotated[str, option("The story, in a few sentences.")] = "",
     seed: options.Seed = 0,
 ) -> None:  # fmt: skip
-    """Write a claim file about a saved circuit, with every test that applies and its strict default thresholds."""
+    """Write a claim file about a saved circuit, with every test that applies, or about what a recipe does."""
     options.check_out(out, ".yaml", ".yml")
+    if bool(circuit) == (recipe is not None):
+        raise ValueError("expected the name of a saved circuit, or --recipe FILE")
+    if (recipe is None) != (least is None and most is None) or (least is None) != (most is None):
+        raise ValueError(
+            "--least and --most belong to --recipe, which needs both: the change that is predicted"
+        )
     loaded = model.load()
-    found = load_circuit(model.place.database, circuit, loaded.hash)
-    weights = str(model.weights.resolve()) if model.weights else ""
-    spec = task_of_circuit(found, loaded, task, examples, seed)
-    file = claims_of_circuit(
-        circuit,
-        found,
-        loaded,
-        model.spec,
-        spec,
-        weights=weights,
-        ablation=ablation,
-        about=about,
-        seed=seed,
-    )
+    more: dict[str, Any] = {
+        "weights": str(model.weights.resolve()) if model.weights else "", "about": about, "seed": seed
+    }  # fmt: skip
+    if recipe is not None:
+        assert least is not None, "checked before"
+        assert most is not None, "checked before"
+        edits, spec = recipe_of(loaded, [str(recipe)]), TaskSpec(task, examples, seed)
+        file = claims_of_recipe(recipe.stem, edits, loaded, model.spec, spec, least, most, **more)
+    else:
+        found = load_circuit(model.place.database, circuit, loaded.hash)
+        spec = task_of_circuit(found, loaded, task, examples, seed)
+        file = claims_of_circuit(
+            circuit, found, loaded, model.spec, spec, ablation=ablation, **more
+        )
     write_claims(out, file)
     rows = [
         (c.name, c.test, ", ".join(f"{k} {v}" for k, v in c.settings.items())) for c in file.claims

@@ -81,7 +81,7 @@ _TABLE = {
     ),
     "Make claims and test them": (
         ("verify", "verifying", "Test the claims of a file and say what stands."),
-        ("claim", "claims", "Write a claim file from a saved circuit, and list the tests that could refute claims."),
+        ("claim", "claims", "Write a claim file from a saved circuit or a recipe, and list the tests that could refute claims."),
     ),
     "Edit, name and rebuild": (
         ("edit", "editing", "Write recipes of edits, measure them, and keep edits in a ledger with undo and redo."),
