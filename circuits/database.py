@@ -55,6 +55,9 @@ LEDGER_TABLES = (
 )
 """The tables of `circuits.edits`. Here, since a writer has to know all that may be in the file."""
 
+_LONGEST = 200
+"""How many characters a name has at most."""
+
 RECORDS = Log(
     "records", ("kind", "model_hash", "name", "version", "body", "note", "author", "created")
 )
@@ -89,6 +92,18 @@ class Record:
 
 Check = Callable[[Any], object]
 """Raises ValueError, KeyError, TypeError or AttributeError if a body is not of the form that a kind has."""
+
+
+def check_name(kind: str, name: str) -> None:
+    """Raise ValueError unless something may be saved under a name.
+
+    Args:
+        kind: what is saved.
+        name: what it is to be called.
+    """
+    if not name.strip() or len(name) > _LONGEST:
+        shown = name if len(name) <= _LONGEST else f"{name[:20]}…"
+        raise ValueError(f"name {shown!r} of a {kind} must have 1 to {_LONGEST} characters")
 
 
 class Database:
@@ -224,10 +239,9 @@ class Database:
             replaces: the version that it was made from; 0 for none. Not checked if not given.
 
         Raises:
-            ValueError: if the name is empty, or a later version than `replaces` is there.
+            ValueError: if the name is empty or too long, or a later version than `replaces` is there.
         """
-        if not name.strip() or len(name) > 200:
-            raise ValueError(f"name {name!r} of a {kind} must have 1 to 200 characters")
+        check_name(kind, name)
         # None is a deletion, which is a version like any other.
         text = None if body is None else json.dumps(body, allow_nan=False)
         who, when = signed(author)

@@ -97,7 +97,7 @@ class Tap:
             functions take: it is read at the first of them, and changed at all.
         path: where in a nested output: indices of tuples and lists, keys of mappings, fields of dataclasses.
         layout: how the site's tensor lies in the module's, where it is another one (heads that are not split).
-        overwritten: a later operation of the model changes the tensor in place, so `record` must copy it.
+        overwritten: a later operation of the model changes the tensor in place, so `record` and `intervene` copy it.
     """
 
     module: nn.Module
@@ -340,8 +340,12 @@ def intervene(root: nn.Module, changes: Iterable[tuple[Tap, Change]]) -> Iterato
 
 def _written(tap: Tap, change: Change, output: Any) -> Any:
     value = tap.read(output)
+    # What a later operation overwrites is neither the tensor that a change was given and may have kept, nor the one
+    # that it returned, which may be kept for another pass.
+    made = change(value.clone() if tap.overwritten else value)
+    made = made.clone() if tap.overwritten else made
     # A change may compute in more digits than the model has; what follows takes only the model's own type.
-    return tap.write(output, change(value).to(value.dtype))
+    return tap.write(output, made.to(value.dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import circuits
 from circuits.autoencoders import Autoencoder
-from circuits.discovery import Runs, edge_graph
+from circuits.discovery import EdgeGraph, Runs, edge_graph, score_edges
 from circuits.discovery.streams import StreamGraph
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
+from circuits.tasks import Task
 from tests.edge_checks import check_ends
 from tests.plain_transformer import Edge
 from tests.test_discovery import weighed
@@ -173,6 +174,56 @@ def test_edges_of_a_module_are_those_that_are_patched_by_hand(family: str) -> No
 
 def test_edges_of_a_bridge_whose_outputs_are_scaled(tmp_path: Path) -> None:
     check("granite", *bridged("granite", tmp_path))
+
+
+# --- gradients and rows of passes, in every family -----------------------------------------------
+
+WITH_EDGES = [f for f in (*FAMILIES, *MORE) if f not in ("mamba", "openai-gpt", "deepseek-v2")]
+"""All families but one without attention, one whose stream is normalised itself, and one with latent attention."""
+
+
+def check_slopes(graph: EdgeGraph, task: Task) -> None:
+    """Scores by gradients are the slopes of the metric along each edge that is patched, taken through the pass itself.
+
+    With all edges intact, that of each set and edge is `eap`.
+    """
+    (pair,) = (runs := Runs(graph, task)).pairs()
+    off = torch.zeros(1, len(graph), requires_grad=True)
+    with torch.enable_grad():
+        values = runs.patched(pair, off)[0]
+        slopes = [torch.autograd.grad(v, off, retain_graph=True)[0][0] for v in values]
+    found = torch.from_numpy(score_edges(graph, task, "eap").values)
+    largest = float(found.abs().amax())
+    assert largest > 1e-2
+    torch.testing.assert_close(torch.stack(slopes).double(), found, rtol=1e-3, atol=1e-5 * largest)
+
+
+def check_rows(graph: EdgeGraph, task: Task) -> None:
+    """What a set of edges is worth does not depend on the sets that are patched in the same pass."""
+    (pair,) = (runs := Runs(graph, task)).pairs()
+    late = torch.tensor([target == "logits" for _, target in graph.edges]).float()
+    drawn = torch.rand(2, len(graph), generator=torch.Generator().manual_seed(0)) < 0.1
+    sets = torch.stack([late * 0, late, *drawn.float()])
+    together = runs.patched(pair, sets)
+    alone = torch.cat([runs.patched(pair, one[None]) for one in sets])
+    assert float((alone - alone[0]).abs().amax()) > 1e-2
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", WITH_EDGES)
+def test_scores_are_slopes_and_rows_are_independent_in_every_family(family: str) -> None:
+    model = HookedModel(huggingface_model(family), TokenInput(N_VOCAB, CONTEXT), family)
+    graph, task = edge_graph(model), pairs(model, *drawn(), weighed)
+    check_slopes(graph, task)
+    check_rows(graph, task)
+
+
+@pytest.mark.parametrize("family", ["falcon", "cohere"])
+def test_scores_are_slopes_and_rows_are_independent_in_bridges(family: str, tmp_path: Path) -> None:
+    model, _ = bridged(family, tmp_path)
+    graph, task = edge_graph(model), pairs(model, *drawn(), weighed)
+    check_slopes(graph, task)
+    check_rows(graph, task)
 
 
 # --- rows of all examples, readouts of several layers ---------------------------------------------

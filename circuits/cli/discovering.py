@@ -28,7 +28,7 @@ from circuits.discovery.found import check_not_found_on, edges_of, graph_of, par
 from circuits.discovery.graphs import LIMIT, Edge, EdgeGraph, Mask
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.scoring import Method, score_edges
-from circuits.discovery.searching import check_size
+from circuits.discovery.searching import check_size, least_size
 from circuits.discovery.searching import top as strongest_edges
 from circuits.discovery.series import compare_models
 from circuits.discovery.shuffled import BesideShuffled
@@ -250,7 +250,7 @@ def _of_file(
         if not kept.any():
             raise ValueError(
                 f"--size {size}: the strongest edges of {path!r} make no path from the model's input to its output; "
-                "expected a larger size"
+                f"expected at least {least_size(graph, partial(strongest_edges, graph, scores.worth()), size)}"
             )
         return kept, scores
     if not found.kept.any():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from circuits.cli import options
-from circuits.cli.signatures import Within, not_empty, option
+from circuits.cli.signatures import Within, circuit_name, not_empty, option
 from circuits.discovery.finding import CheckOn
 from circuits.discovery.pairs import LARGEST
 from circuits.discovery.results import Ranking
@@ -120,7 +120,7 @@ class Keeping:
     """What is kept of a circuit."""
 
     save: Annotated[str | None, option(
-        "Save the circuit under this name; work that is stopped then goes on later.", check=not_empty
+        "Save the circuit under this name; work that is stopped then goes on later.", check=circuit_name
     )] = None  # fmt: skip
     scores: Annotated[str | None, option(
         "Write the scores of all edges, and which are in the circuit, to this .json or .pt file, as MIB and EAP-IG do.",

@@ -14,7 +14,7 @@ from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.output import warn
-from circuits.cli.signatures import Within, argument, command, option
+from circuits.cli.signatures import Within, argument, circuit_name, command, option
 from circuits.graph import CircuitGraph, GraphStore, add_edges, circuit_diff
 from circuits.graph.blocks import BlockInfo
 from circuits.graph.circuit import KINDS
@@ -203,7 +203,9 @@ def show(
     model: options.Model,
     circuit: CircuitOptions,
     output: options.FigureOutput,
-    save: Annotated[str, option("Save it as a circuit of this name.")] = "",
+    save: Annotated[
+        str | None, option("Save it as a circuit of this name.", check=circuit_name)
+    ] = None,
     note: options.Note = "",
 ) -> None:
     """Show what is around a unit, between units, or on the way to one; save it as a circuit."""
@@ -245,7 +247,7 @@ def export(
 def import_(
     model: options.Model,
     file: Annotated[Path, argument("A circuit, in any format that `circuits graph export` writes.")],
-    name: Annotated[str, option("The name under which the circuit is saved.")],
+    name: Annotated[str, option("The name under which the circuit is saved.", check=circuit_name)],
     output: options.Output,
     format: Format = None,
     note: options.Note = "",

@@ -23,6 +23,7 @@ from typer.models import OptionInfo
 
 from circuits.checks import outside
 from circuits.cli.output import results_alone
+from circuits.database import check_name
 
 LARGEST = 2**31 - 1
 """The largest number of anything that the command line takes: more overflows in the libraries below."""
@@ -49,6 +50,16 @@ def not_empty(value: str | None) -> str | None:
     """A check of a text: an empty one, such as that of a variable that is not set, is not the same as none."""
     if value is not None and not value.strip():
         raise typer.BadParameter("expected a text that is not empty")
+    return value
+
+
+def circuit_name(value: str | None) -> str | None:
+    """A check of the name under which a circuit is to be saved, before the work is done."""
+    if value is not None:
+        try:
+            check_name("circuit", value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
     return value
 
 

@@ -127,8 +127,12 @@ def _built(
     units = [Units.parse(x) if ":" in x else Units(x, None) for x in map(str, latents)]
     if isinstance(model.input, ImageInput) and not model.has_stream:
         if neurons or neuron_targets or units:
-            what = f"neurons {neurons or neuron_targets}"
-            what = what if neurons or neuron_targets else f"latents {units[0]}"
+            given = (
+                ("neurons", neurons),
+                ("neuron_targets", neuron_targets),
+                ("latents", units and units[0]),
+            )
+            what = next(f"{name} {value}" for name, value in given if value)
             raise ValueError(
                 f"{what}: the edges of {model.name}, a convolutional network, are between channels of sites, or groups "
                 "of channels; expected sites and groups, or what is done to units of sae/NAME (`circuits ablate`)"

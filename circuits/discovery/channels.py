@@ -447,6 +447,6 @@ def _unique(names: Iterable[str]) -> tuple[str, ...]:
 def _noting(live: dict[str, Tensor], site: str) -> Change:
     def note(value: Tensor) -> Tensor:
         live[site] = value
-        return value.clone()  # the model may go on in place
+        return value
 
     return note

@@ -21,7 +21,16 @@ from circuits.discovery.pruning import PART, prune
 from circuits.discovery.results import SIZES, UNESTIMATED, EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
 from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
-from circuits.discovery.searching import SEARCHES, Search, acdc, check_size, greedy, refine, top
+from circuits.discovery.searching import (
+    SEARCHES,
+    Search,
+    acdc,
+    check_size,
+    greedy,
+    least_size,
+    refine,
+    top,
+)
 from circuits.discovery.stability import SearchStability, stability
 from circuits.discovery.truth import known_edges, recovered
 from circuits.examples import BATCH
@@ -132,6 +141,7 @@ def discover(
     again = work.stability(kept)
     truth = known_edges(graph, shift) if truth is None else truth
     others, notes = work.nulls(kept, {**(other or {}), **({} if truth is None else {TRUE: truth})})
+    notes = (*_fewer(size, kept), *notes)
     made = work.evaluated(kept, others, n_random, n_curves)
     further = work.alternatives(kept, alternatives) if alternatives and made.defined else None
     paired = work.pairs(pairs) if pairs else None
@@ -242,10 +252,18 @@ class _Finding:
             kept = self.picked(self.worth, self.size)
         if not kept.any():
             raise ValueError(
-                f"search {self.search}: no path from the model's input to its output is left; expected a larger size "
-                "or a smaller threshold"
+                f"search {self.search}: no path from the model's input to its output is left; expected {self._larger()}"
             )
         return kept
+
+    def _larger(self) -> str:
+        """What leaves a path where a search left none."""
+        if self.search == "acdc":
+            return "a smaller threshold"
+        if self.search not in ("top", "greedy"):
+            return f"a size above {self.size}"
+        enough = least_size(self.graph, partial(self.picked, self.worth), self.size)
+        return f"a size of at least {enough}"
 
     def stability(self, kept: Mask) -> SearchStability | None:
         """How far the same is found on other draws; None of searches that try edges, and of scores by weights."""
@@ -334,6 +352,16 @@ def _check_choices(
         )
     if check_on not in get_args(CheckOn):
         raise ValueError(f"check_on {check_on!r}: expected find or test")
+
+
+def _fewer(size: int | None, kept: Mask) -> tuple[str, ...]:
+    """What is to be said of a circuit with fewer edges than were asked for."""
+    if size is None or (n := int(kept.sum())) >= size:
+        return ()
+    return (
+        f"{size} edges were asked for, and the circuit has {n}: no more of those that were chosen lie on paths from the "
+        "model's input to its output",
+    )
 
 
 def _check_counts(memory: int, pairs: int, **counts: int) -> None:

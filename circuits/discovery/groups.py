@@ -257,13 +257,20 @@ def parse_groups(text: str) -> dict[str, Units]:
 def _from_file(path: Path) -> dict[str, Units]:
     """The groups of a file of families."""
     try:
-        read: Any = json.loads(path.read_text())
+        text = path.read_text()
+        if not text.strip():
+            raise ValueError("it is empty")
+        read: Any = json.loads(text)
         families = read["families"] if isinstance(read, Mapping) else read
         found = {
             str(family["name"]).replace(" ", "_"): Units.of([m["unit"] for m in family["members"]])
             for family in families
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except json.JSONDecodeError as error:
+        raise ValueError(f"groups {path}: no file of families: it is no JSON: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"groups {path}: no file of families: it has no {error}") from error
+    except (ValueError, TypeError) as error:
         raise ValueError(f"groups {path}: no file of families: {error}") from error
     if not found:
         raise ValueError(f"groups {path}: there is no family in it")

@@ -445,7 +445,9 @@ def gradients_at(
 
     def leaf(site: str) -> Change:
         def add(value: Tensor) -> Tensor:
-            leaves[site] = torch.zeros_like(value, requires_grad=True)
+            # A tensor that several functions take is changed at each: the gradient is the sum over all of them.
+            if site not in leaves:
+                leaves[site] = torch.zeros_like(value, requires_grad=True)
             return value + leaves[site]
 
         return add

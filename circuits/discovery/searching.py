@@ -117,6 +117,23 @@ def greedy(graph: EdgeGraph, worth: Float[np.ndarray, " edge"], n: int) -> Mask:
     return graph.connected(kept)
 
 
+def least_size(graph: EdgeGraph, pick: Callable[[int], Mask], n: int) -> int:
+    """The smallest size, above one that keeps no edge, of which a search keeps some.
+
+    Args:
+        graph: the edges, all of which lie on a path.
+        pick: the edges that a search keeps by size; a larger size keeps all that a smaller one does.
+        n: a size of which it keeps none.
+    """
+    low, high = n, min(2 * n, len(graph))
+    while not pick(high).any() and high < len(graph):
+        low, high = high, min(2 * high, len(graph))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if pick(middle).any() else (middle, high)
+    return high
+
+
 def check_size(graph: EdgeGraph, n: int) -> None:
     """Raise ValueError unless a circuit may have n edges."""
     if not isinstance(n, int) or not 1 <= n <= len(graph):

@@ -50,7 +50,11 @@ def parse_layers(text: str, stream: Stream, option: str = "neurons") -> tuple[in
                 f"{option} {text!r}: expected numbers of layers such as 3,5-7, or {ALL}"
             )
         low, high = map(int, ends)
-        if not low <= high < n:
+        if low > high:
+            raise ValueError(
+                f"{option} {text!r}: {part.strip()} runs backwards; expected {high}-{low}"
+            )
+        if high >= n:
             raise ValueError(f"{option} {text!r}: {stream.model.name} has the layers 0 to {n - 1}")
         found |= dict.fromkeys(range(low, high + 1))
     return tuple(found)
@@ -204,7 +208,7 @@ def _check(stream: Stream, split: Split, what: str) -> None:
         change = split.change(
             {s: v[None] for s, v in one.items()}, {s: v[None] for s, v in two.items()}
         )
-        made = change.mixed(torch.ones(1, len(split.names), 1))[0, :, 0]
+        made = change.mixed(change.activations.new_ones(1, len(split.names), 1))[0, :, 0]
         if split.norm is not None:
             before = one[split.before]
             made = split.norm(before + made) - split.norm(before)
