@@ -26,6 +26,7 @@ class Made:
     """Parts of which the metric of each circuit is made up: 0 for none, 4 for all, and what is wanted for `CIRCUIT`."""
 
     word = "parts"
+    ablations: tuple[str, ...] = ("counterpart",)
 
     def __init__(self, model: HookedModel, off: dict[str, np.ndarray]) -> None:
         self.model, self.off = model, off

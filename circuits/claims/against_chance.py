@@ -86,22 +86,19 @@ def partial_necessity(subject: Subject, settings: Settings, level: Level) -> Mea
     drawn, same = _different(
         lambda: drawn_like(parts.classes, kept, rng, among), kept, settings["circuits"]
     )
-    drawn = [one for one in drawn if one.any()]
+    # Fewer parts would hurt less by their number alone.
+    drawn = [one for one in drawn if one.sum() == kept.sum()]
     if not drawn:
-        why = "there are no other parts of its layers and kinds to compare with"
-        return subject.cannot(why)
+        return subject.cannot(
+            f"there are not as many other parts of its layers and kinds in the {settings['drawn_from']} to ablate"
+        )
     values = subject.values([~kept, *(~one for one in drawn)])
     lost = 1 - np.array([subject.faithfulness(row).value for row in values])
     found = _beaten(lost[1:] < lost[0] - 1e-9 * abs(lost[0]), lost[1:], settings, level)
-    fewer = min(int(one.sum()) for one in drawn)
     notes = [
         f"ablating the circuit loses {lost[0]:.3g} of the effect, random parts {lost[1:].min():.3g} to "
         f"{lost[1:].max():.3g}"
     ]
-    if fewer < kept.sum():
-        notes.append(
-            f"outside the circuit there are only {fewer} to {int(kept.sum())} parts of its layers and kinds"
-        )
     return Measured(
         (found,),
         subject.said(),

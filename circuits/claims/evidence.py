@@ -135,39 +135,43 @@ class Mean:
         """The mean."""
         return self._sums[0]
 
-    def _t(self, bound: float) -> float:
-        mean, error, _ = self._sums
-        if error == 0:
-            return (
-                0.0
-                if math.isclose(mean, bound, rel_tol=1e-9, abs_tol=1e-12)
-                else math.copysign(math.inf, mean - bound)
-            )
-        return (mean - bound) / error
-
     def above(self, bound: float) -> float:
         """See `Evidence.above`; NaN with fewer than two clusters."""
-        return _tail(self._t(bound), self._sums)
+        return _tail(_t(self._sums, bound), self._sums)
 
     def below(self, bound: float) -> float:
         """See `Evidence.below`; NaN with fewer than two clusters."""
-        return _tail(-self._t(bound), self._sums)
+        return _tail(-_t(self._sums, bound), self._sums)
 
     def interval(self, level: float) -> tuple[float, float]:
-        """See `Evidence.interval`."""
-        mean, error, n = self._sums
-        if math.isnan(error):
-            return math.nan, math.nan
-        half = error * float(stats.t.ppf((1 + level) / 2, n - 1))
-        return mean - half, mean + half
+        """See `Evidence.interval`; NaN where a sample without spread is too small for the level."""
+        return _t_interval(self._sums, level)
+
+
+def _t(sums: tuple[float, float, int], bound: float) -> float:
+    mean, error, _ = sums
+    if error == 0:
+        on_it = math.isclose(mean, bound, rel_tol=1e-9, abs_tol=1e-12)
+        return 0.0 if on_it else math.copysign(math.inf, mean - bound)
+    return (mean - bound) / error
+
+
+def _t_interval(sums: tuple[float, float, int], level: float) -> tuple[float, float]:
+    mean, error, n = sums
+    if math.isnan(error) or (error == 0 and 0.5**n > (1 - level) / 2):
+        return math.nan, math.nan
+    half = error * float(stats.t.ppf((1 + level) / 2, n - 1))
+    return mean - half, mean + half
 
 
 def _tail(t: float, sums: tuple[float, float, int]) -> float:
     _, error, n = sums
     if math.isnan(error):
         return math.nan
-    if error == 0:  # without spread a value on the bound itself counts as within the region
-        return 0.0 if t >= 0 else 1.0
+    # Without spread the sample says no more than that all clusters lie on one side of the bound: the sign test. A value
+    # on the bound itself counts as within the region.
+    if error == 0:
+        return 0.5**n if t >= 0 else 1.0
     return float(stats.t.sf(t, n - 1))
 
 
@@ -261,7 +265,12 @@ class Share:
     @cached_property
     def _sums(self) -> tuple[float, int]:
         sums, counts = totals(np.asarray(self.values, float), None, self.clusters)
-        return round(float((sums / counts).sum()), 9), len(counts)
+        total = float((sums / counts).sum())
+        if not math.isfinite(total):
+            raise ValueError(
+                "an outcome is not a number on some example: expected numbers from 0 to 1"
+            )
+        return round(total, 9), len(counts)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -296,6 +305,102 @@ class Share:
             float(stats.beta.ppf(alpha, low, n - low + 1)) if low else 0.0,
             float(stats.beta.ppf(1 - alpha, high + 1, n - high)) if high < n else 1.0,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """The mean of something lost, at most 1 an example, such as accuracy: a t-test that rare losses cannot pass.
+
+    A sample without any loss has no spread, and yet one example in n may lose all. What is gained elsewhere is left out
+    of the second, exact test, so that it errs on the safe side.
+
+    Attributes:
+        values: what each example loses, from -1 to 1.
+        clusters: a number for each example, shared by those that are not independent.
+    """
+
+    values: Float[np.ndarray, " example"]
+    clusters: Sequence[int]
+
+    @cached_property
+    def _both(self) -> tuple[Mean, Share]:
+        return Mean(self.values, self.clusters), Share(np.clip(self.values, 0, 1), self.clusters)
+
+    @property
+    def value(self) -> float:
+        """The mean loss."""
+        return self._both[0].value
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """See `Evidence.size`."""
+        return self._both[0].size
+
+    def above(self, bound: float) -> float:
+        """See `Evidence.above`."""
+        return self._both[0].above(bound)
+
+    def below(self, bound: float) -> float:
+        """See `Evidence.below`: the larger p-value of the two tests."""
+        return max(one.below(bound) for one in self._both)
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """See `Evidence.interval`."""
+        (low, high), (_, most) = (one.interval(level) for one in self._both)
+        return low, max(high, most)
+
+
+@dataclass(frozen=True, eq=False)
+class Auroc:
+    """The area under the ROC curve, with the variance of both samples (DeLong et al. 1988) and a t-test.
+
+    Attributes:
+        positive: the score of each example of the feature.
+        negative: the score of each other example.
+    """
+
+    positive: Float[np.ndarray, " example"]
+    negative: Float[np.ndarray, " other"]
+
+    @cached_property
+    def _sums(self) -> tuple[float, float, int]:
+        def placed(one: np.ndarray, others: np.ndarray) -> np.ndarray:
+            others = np.sort(others)
+            both = np.searchsorted(others, one, "left") + np.searchsorted(others, one, "right")
+            return both / 2 / len(others)
+
+        first, second = (
+            placed(self.positive, self.negative),
+            1 - placed(self.negative, self.positive),
+        )
+        n, m = len(first), len(second)
+        if min(n, m) < 2:
+            return float(first.mean()), math.nan, min(n, m)
+        error = math.sqrt(first.var(ddof=1) / n + second.var(ddof=1) / m)
+        return float(first.mean()), error, min(n, m)
+
+    @property
+    def value(self) -> float:
+        """The share of pairs in which the example of the feature scores higher, ties one half."""
+        return self._sums[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """All examples, and the number of the rarer kind."""
+        return len(self.positive) + len(self.negative), self._sums[2]
+
+    def above(self, bound: float) -> float:
+        """See `Evidence.above`."""
+        return _tail(_t(self._sums, bound), self._sums)
+
+    def below(self, bound: float) -> float:
+        """See `Evidence.below`."""
+        return _tail(-_t(self._sums, bound), self._sums)
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """See `Evidence.interval`."""
+        low, high = _t_interval(self._sums, level)
+        return max(low, 0.0), min(high, 1.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.checks import clipped
 from circuits.claims.evidence import Known, Mean, Region
 from circuits.claims.settings import ClaimTest, Parameter, Settings
 from circuits.claims.subject import Subject
@@ -77,14 +78,50 @@ def trained_on(p: int, share: float, seed: int) -> Bool[Tensor, "a b"]:
     return found.reshape(p, p)
 
 
+def keys_of(texts: Sequence[str], p: int) -> list[int]:
+    """Frequencies as numbers.
+
+    Raises:
+        ValueError: if one is no whole number from 1 to half of p, one is named twice, or too many are named for there
+            to be as many others.
+    """
+    most = p // 2
+    for text in texts:
+        if not text.isdecimal() or not text.isascii() or not 1 <= int(text[:9]) <= most:
+            raise ValueError(
+                f"frequencies: {clipped(repr(text))}, expected a whole number from 1 to {most}"
+            )
+    keys = [int(text) for text in texts]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"frequencies {', '.join(texts)}: one is named twice")
+    if 2 * len(keys) > most:
+        raise ValueError(
+            f"frequencies: {len(keys)}, expected at most {most // 2}, half of all {most}"
+        )
+    return keys
+
+
+def _check(subject: Subject, settings: Settings) -> None:
+    if isinstance(subject.model.input, TokenInput):
+        keys_of(settings["frequencies"], subject.model.input.n_vocab - 1)
+
+
+def _check_regions(subject: Subject, settings: Settings) -> None:
+    if settings["symmetry_least"] <= -1 and settings["symmetry_most"] >= 1:
+        raise ValueError(
+            "symmetry_least and symmetry_most: expected one that excludes something of -1 to 1"
+        )
+    if settings["irrelevance_least"] <= 0 and settings["irrelevance_most"] >= 10:
+        raise ValueError(
+            "irrelevance_least and irrelevance_most: expected one that excludes something"
+        )
+
+
 def key_frequencies(subject: Subject, settings: Settings, level: Level) -> Measured:
     """Restricted and excluded loss, on the sums that were trained on and on all others, over the whole domain."""
     logits = sums(subject.model)
     p = logits.shape[0]
-    keys = [int(k) for k in settings["frequencies"]]
-    far = next((k for k in keys if not 1 <= k <= p // 2), None)
-    if far is not None:
-        raise ValueError(f"frequencies: {far}, expected 1 to {p // 2}")
+    keys = keys_of(settings["frequencies"], p)
     mean = logits.mean((0, 1), keepdim=True)
     part = wave_part(logits, keys)
     restricted, excluded = mean + part, logits - part
@@ -173,7 +210,7 @@ TESTS = (
             Parameter("train_share", "which share of all sums was trained on", 0.3, 0.001, 0.999),
             Parameter("train_seed", "the seed of the training", 0, 0, 2**32 - 1, whole=True),
             Parameter("draws", "random sets of other frequencies to compare with", 20, 1, 1000, whole=True),
-        ), key_frequencies, circuit=False,
+        ), key_frequencies, circuit=False, check=_check,
     ),
     ClaimTest(
         "clock-or-pizza", ("algorithm",),
@@ -185,6 +222,6 @@ TESTS = (
             Parameter("irrelevance_least", "the least distance irrelevance", 0, 0, 10),
             Parameter("irrelevance_most", "the largest distance irrelevance", 10, 0, 10),
             Parameter("sums", "sums for the gradients", 500, 10, 10**5, whole=True),
-        ), clock_or_pizza, circuit=False,
+        ), clock_or_pizza, circuit=False, check=_check_regions,
     ),
 )  # fmt: skip

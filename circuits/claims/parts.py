@@ -45,10 +45,12 @@ class Parts(Protocol):
         names: of the parts.
         classes: a number for each part, shared by those of one kind in one layer.
         word: what a part is called, in the plural.
+        ablations: those that such parts can be ablated by.
     """
 
     model: HookedModel
     word: str
+    ablations: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -93,6 +95,7 @@ class EdgeParts:
     """Edges of a graph; see `Parts`."""
 
     word = "edges"
+    ablations: tuple[str, ...] = ABLATIONS
 
     def __init__(
         self, graph: EdgeGraph, *, shift: int = 0, batch: int = BATCH, memory: int = MEMORY, seed: int = 0
@@ -159,6 +162,7 @@ class UnitParts:
     """
 
     word = "units"
+    ablations: tuple[str, ...] = ("counterpart", "mean", "mean-by-position", "zero")
 
     def __init__(
         self, model: HookedModel, sites: Sequence[str] = (), *, batch: int = BATCH, seed: int = 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from circuits.claims.claim import ClaimFile, digest
 from circuits.claims.files import to_yaml
+from circuits.claims.registration import hashes_of
 from circuits.claims.verdicts import Verdict, exit_code
 from circuits.claims.verifying import Report
 from circuits.files import write_json
@@ -59,15 +60,16 @@ def record(path: Path, report: Report, seconds: float) -> Path:
     """Record a verification next to its claim file; the path is returned."""
     numbers = {j.claim.name: [q.value for q in j.measured.quantities] for j in report.judged}
     made = Recorded(
-        claims_hash(report.file), round(seconds, 1), {j.claim.name: j.verdict for j in report.judged}, numbers
+        claims_hash(report.file, path.parent), round(seconds, 1), {j.claim.name: j.verdict for j in report.judged},
+        numbers,
     )  # fmt: skip
     write_json(recorded_path(path), made.to_dict())
     return recorded_path(path)
 
 
-def claims_hash(file: ClaimFile) -> str:
-    """The hash of a claim file's contents, however it is laid out."""
-    return digest(to_yaml(file))
+def claims_hash(file: ClaimFile, folder: Path) -> str:
+    """The hash of a claim file's contents, however it is laid out, and of the files that it names."""
+    return digest([to_yaml(file), [hashes_of(claim, folder) for claim in file.claims]])
 
 
 def read_recorded(path: Path, file: ClaimFile) -> Recorded | None:
@@ -85,7 +87,9 @@ def read_recorded(path: Path, file: ClaimFile) -> Recorded | None:
         names = [*made.verdicts]
     except (TypeError, AttributeError, ValueError):
         raise ValueError(f"file {str(place)!r} is no record of verdicts; {again}") from None
-    if made.claims_hash != claims_hash(file) or names != [claim.name for claim in file.claims]:
+    if made.claims_hash != claims_hash(file, path.parent) or names != [
+        claim.name for claim in file.claims
+    ]:
         raise ValueError(
             f"file {str(place)!r} is of other claims than {str(path)!r} holds now; {again}"
         )

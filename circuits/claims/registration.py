@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from circuits.claims.claim import Claim, ClaimFile, digest
@@ -19,6 +20,8 @@ from circuits.database import Database
 from circuits.hdf5 import file_hash
 
 KIND = "claim"
+
+_FILES = (".py", ".json", ".csv", ".tsv", ".npz", ".npy")
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,15 @@ class Registration:
 def terms_of(file: ClaimFile, claim: Claim, subject: Subject) -> tuple[str, dict[str, Any]]:
     """What is claimed about what, hashed, and the terms under which it is tested."""
     parts = [] if subject.parts is None or subject.kept is None else _names(subject)
+    spec = file.task
     about = {
-        "model": subject.model.hash, "task": subject.task.hash, "task_seed": subject.task.seed, "circuit": parts,
+        "model": subject.model.hash, "task": [spec.spec, spec.metric, spec.data], "circuit": parts,
         "ablation": subject.ablation, "shift": file.shift, "claim": claim.kind, "test": claim.test,
         "statement": claim.statement, "named": _named(claim), "files": _files(claim, subject),
     }  # fmt: skip
     terms = {
-        "settings": _plain(claim.settings), "seed": file.seed, "alpha": file.alpha, "tests": len(file.claims),
-        "expect": claim.expect,
+        **_plain(claim.settings), "seed": file.seed, "alpha": file.alpha, "tests": len(file.claims),
+        "expect": claim.expect, "task_seed": spec.seed, "task_examples": spec.examples, "task_hash": subject.task.hash,
     }  # fmt: skip
     return digest(about), terms
 
@@ -78,10 +82,15 @@ def _named(claim: Claim) -> dict[str, Any]:
 
 
 def _files(claim: Claim, subject: Subject) -> dict[str, str]:
-    """The hashes of files of code that a claim names: an algorithm that was edited is another claim."""
+    """The hashes of files that a claim names, code or labels: one that was edited makes another claim."""
+    return hashes_of(claim, subject.folder)
+
+
+def hashes_of(claim: Claim, folder: Path) -> dict[str, str]:
+    """The hashes of files below a folder that a claim's settings name, by name."""
     named = {text.partition(":")[0] for text in claim.settings.values() if isinstance(text, str)}
-    paths = {name: subject.folder / name for name in named if name.endswith(".py")}
-    return {name: file_hash(path) for name, path in sorted(paths.items()) if path.is_file()}
+    paths = {name: folder / name for name in sorted(named) if Path(name).suffix in _FILES}
+    return {name: file_hash(path) for name, path in paths.items() if path.is_file()}
 
 
 def _names(subject: Subject) -> list[str]:
@@ -98,7 +107,6 @@ def earlier_runs(
 ) -> tuple[Earlier, ...]:
     """The earlier runs of a claim, the oldest first."""
     identity, terms = terms_of(file, claim, subject)
-    now = terms["settings"]
     found: list[dict[str, Any]] = []
     for record in database.history(KIND, subject.model.hash, identity):
         body = record.body or {}
@@ -109,7 +117,7 @@ def earlier_runs(
             if own:
                 own[-1]["verdict"] = body["verdict"]
     return tuple(
-        Earlier(run["when"], then := run["terms"]["settings"], run["verdict"], _changed(then, now))
+        Earlier(run["when"], then := run["terms"], run["verdict"], _changed(then, terms))
         for run in found
     )
 

@@ -181,7 +181,7 @@ TESTS = (
             Parameter("edits", "the edits, as `circuits edit` takes them", form="texts"),
             Parameter("least", "the least change of the metric, in its unit"),
             Parameter("most", "the largest change"),
-            Parameter("random", "how many random edits", 99, 0, 10**5, whole=True),
+            Parameter("random", "how many random edits", 99, 19, 10**5, whole=True),
             Parameter("rank", "the least share of random edits that change less", 0.9, 0, 1),
         ), edit_effect, circuit=False, check=_read,
     ),

@@ -61,7 +61,8 @@ class Parameter:
                 raise ValueError(f"{where}.{self.name} {clipped(repr(value))}: expected {expected}")
             return int(value) if self.whole else float(value)
         texts = value if self.form == "texts" else [value]
-        if not isinstance(texts, list) or len(texts) > MOST_ITEMS:
+        needed = self.default != ()
+        if not isinstance(texts, list) or len(texts) > MOST_ITEMS or (needed and not texts):
             raise ValueError(f"{where}.{self.name} {clipped(repr(value))}: expected {expected}")
         for text in texts:
             if not isinstance(text, str) or not text or (self.choices and text not in self.choices):

@@ -14,7 +14,7 @@ from circuits.claims.evidence import Mean, Ratio, Region
 from circuits.claims.parts import EdgeParts, Mask
 from circuits.claims.settings import ClaimTest, Parameter, Settings
 from circuits.claims.subject import Subject, circuit_of
-from circuits.claims.sufficiency import other_task
+from circuits.claims.sufficiency import check_tasks, other_task
 from circuits.claims.verdicts import Level, Measured, quantity
 from circuits.discovery.graphs import EdgeGraph
 from circuits.discovery.runs import Runs
@@ -155,6 +155,6 @@ TESTS = (
             Parameter("own", "the least damage to its own task", 0.5, -10, 10),
             Parameter("others", "the largest damage to another task", 0.25, -10, 10),
             Parameter("circuits", "further saved circuits to show in the matrix", (), form="texts"),
-        ), specificity,
+        ), specificity, check=check_tasks,
     ),
 )  # fmt: skip

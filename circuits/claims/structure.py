@@ -13,7 +13,7 @@ from circuits.claims.evidence import Mean, Ratio, Region
 from circuits.claims.parts import EdgeParts, Mask
 from circuits.claims.settings import ClaimTest, Parameter, Settings
 from circuits.claims.subject import Subject
-from circuits.claims.verdicts import Level, Measured, Quantity, quantity
+from circuits.claims.verdicts import Level, Measured, quantity
 from circuits.discovery import greedy, score_edges
 from circuits.discovery.comparing import shared
 from circuits.discovery.evaluating import FAITHFUL
@@ -24,6 +24,9 @@ from circuits.tasks.task import Task
 
 _CANDIDATES = 20
 """Among how many parts, at most, the greedy search for a bad subset chooses in each step."""
+
+_FEWEST = 20
+"""The fewest independent examples of which bootstraps and halves say something."""
 
 _ENUMERATED = 4096
 """The most circuits that are all tried."""
@@ -225,19 +228,20 @@ def _none_faithful(
         masks.append(one)
     if not masks:
         return subject.cannot("there is no smaller circuit to try")
-    values = subject.values(masks)
-    made = partial(
-        quantity, region=Region(high=FAITHFUL), level=level, parts=len(masks),
-    )  # fmt: skip
-    found = [
-        made(f"faithfulness of {int(mask.sum())} {parts.word}", subject.faithfulness(row))
-        for mask, row in zip(masks, values, strict=True)
-    ]
+    own, *values = subject.values([kept, *masks])
+    made = partial(quantity, level=level, parts=len(masks) + 1)
+    itself = made(
+        "faithfulness of the circuit", subject.faithfulness(own), Region(FAITHFUL, 2 - FAITHFUL)
+    )
+    found = []
+    for mask, row in zip(masks, values, strict=True):
+        f = subject.faithfulness(row)
+        # Not faithful is less than .9, or more than 1.1.
+        outside = Region(high=FAITHFUL) if f.value <= 1 else Region(low=2 - FAITHFUL)
+        found.append(made(f"faithfulness of {int(mask.sum())} {parts.word}", f, outside))
     # Of many circuits, that which is most surely faithful and that which is least surely not decide.
-    decisive = {
-        id(q): q
-        for q in (min(found, key=lambda q: q.p_refuted), max(found, key=lambda q: q.p_holds))
-    }
+    worst = min(found, key=lambda q: q.p_refuted), max(found, key=lambda q: q.p_holds)
+    decisive = {id(q): q for q in (itself, *worst)}
     note = f"{len(masks)} smaller circuits were tried, {'all there are' if whole else 'found by elimination'}"
     why = (
         ""
@@ -258,6 +262,10 @@ def stable(subject: Subject, settings: Settings, level: Level) -> Measured:
     if not isinstance(parts, EdgeParts):
         why = "a circuit of units is not searched for: the test is about circuits of edges"
         return subject.cannot(why)
+    if (n := len(set(subject.find.clusters))) < _FEWEST:
+        return subject.cannot(
+            f"the find half has {n} independent examples: expected {_FEWEST} to draw others from"
+        )
     graph, size = parts.graph, int(kept.sum())
     scores = score_edges(
         graph, subject.find, settings["method"], ablation=subject.ablation, seed=subject.seed
@@ -270,19 +278,34 @@ def stable(subject: Subject, settings: Settings, level: Level) -> Measured:
         again.append(made)
         return made
 
-    made = stability(scores, kept, choose, settings["draws"], subject.seed)
-    with_it = np.array([shared(one, kept) for one in again[: settings["draws"]]])
-    found: Quantity = quantity(
-        "Jaccard index of the circuit and that of a bootstrap", Mean(with_it, range(len(with_it))),
-        Region(low=settings["least"]), level, null=(made.by_chance,),
-        null_is="two random circuits of this size",
+    draws = settings["draws"]
+    known = stability(scores, kept, choose, draws, subject.seed)
+    with_it = np.array([shared(one, kept) for one in again[:draws]])
+    halves = np.array(
+        [shared(*pair) for pair in zip(again[draws::2], again[draws + 1 :: 2], strict=True)]
+    )
+    made = partial(
+        quantity,
+        level=level,
+        parts=2,
+        null=(known.by_chance,),
+        null_is="random circuits of this size",
+    )
+    found = (
+        made(
+            "Jaccard index of the circuit and that of a bootstrap", Mean(with_it, range(len(with_it))),
+            Region(low=settings["least"]),
+        ),
+        made(
+            "Jaccard index of circuits of disjoint halves", Mean(halves, range(len(halves))),
+            Region(low=settings["halves"]),
+        ),
     )  # fmt: skip
     notes = (
-        f"two bootstraps {made.jaccard:.2f}, disjoint halves {made.halves:.2f}, by chance {made.by_chance:.2f}; "
-        f"{made.n_clusters} independent examples",
-        "the interval is that of the mean over bootstraps of these examples",
+        f"two bootstraps {known.jaccard:.2f}, by chance {known.by_chance:.2f}; {known.n_clusters} independent examples",
+        "intervals are of the mean over draws from these examples, not over other samples",
     )
-    return Measured((found,), subject.said(subject.find), subject.seed, notes)
+    return Measured(found, subject.said(subject.find), subject.seed, notes)
 
 
 TESTS = (
@@ -311,7 +334,8 @@ TESTS = (
         "How much of the circuit the search finds again on bootstraps of the examples.",
         (
             Parameter("least", "the least mean Jaccard index", STABLE, 0, 1),
-            Parameter("draws", "bootstraps", DRAWS, 10, 10**4, whole=True),
+            Parameter("halves", "the least mean Jaccard index of circuits of disjoint halves", 0.5, 0, 1),
+            Parameter("draws", "bootstraps, and a tenth as many halves", DRAWS, 30, 10**4, whole=True),
             Parameter("method", "how edges are scored", "eap-ig", choices=METHODS, form="text"),
             Parameter("search", "how edges are chosen", "greedy", choices=("greedy", "top"), form="text"),
         ), stable,

@@ -18,7 +18,7 @@ from circuits.claims.verdicts import Measured
 from circuits.discovery import edge_graph, edges_of
 from circuits.discovery.evaluating import check_apart
 from circuits.discovery.formats import read_edges
-from circuits.discovery.found import check_not_found_on, graph_of
+from circuits.discovery.found import graph_of
 from circuits.experiments.patched_runs import Direction
 from circuits.experiments.statistics import LEVEL
 from circuits.factories import from_file
@@ -28,6 +28,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.tables import between
 from circuits.tasks.builtin import load_task
+from circuits.tasks.halves import LEAST
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 from circuits.workspace import Workspace
@@ -75,15 +76,32 @@ class Subject:
 
     @cached_property
     def test(self) -> Task:
-        """The half of the task on which claims are judged.
+        """The half of the task on which claims are judged, without examples that were seen when the circuit was found.
 
         Raises:
-            ValueError: if the circuit was found on one of its examples.
+            ValueError: if hardly any are left.
         """
         half = self.task.test
-        if self.found is not None:
-            check_not_found_on(self.found, half)
-        return half
+        new = [i for i in range(len(half)) if half.examples.identity(i) not in self.seen]
+        if len(new) == len(half):
+            return half
+        if len(new) < LEAST:
+            raise ValueError(
+                f"{len(half) - len(new)} of the {len(half)} examples of the {half.half} half were seen when the "
+                "circuit was found: expected another seed, more examples, or another task"
+            )
+        return half.subset(new)
+
+    @cached_property
+    def seen(self) -> frozenset[str]:
+        """The identities of all examples on which the circuit was found or evaluated, as far as it says which."""
+        made = {} if self.found is None else self.found.graph.get("made", {})
+        seen = set(made.get("found_on", ()))
+        if made.get("examples"):
+            spec = TaskSpec(str(made["task"]), int(made["examples"]), int(made.get("seed", 0)))
+            before = load_claims_task(self.model, spec).examples
+            seen |= {before.identity(i) for i in range(len(before))}
+        return frozenset(seen)
 
     @property
     def find(self) -> Task:
@@ -188,7 +206,13 @@ class Subject:
     def said(self, task: Task | None = None) -> str:
         """On which examples something is measured, in words."""
         task = task or self.test
-        return f"{len(task)} examples of {task.name} ({task.half} half), {len(set(task.clusters))} independent"
+        less = (
+            len(self.task.test) - len(task) if task is self.test and self.found is not None else 0
+        )
+        left = (
+            f"; {less} more were seen when the circuit was found, and are left out" if less else ""
+        )
+        return f"{len(task)} examples of {task.name} ({task.half} half), {len(set(task.clusters))} independent{left}"
 
 
 # --- loading -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from circuits.claims.claim import TaskSpec
-from circuits.claims.evidence import Mean, Region, Share
+from circuits.claims.evidence import Loss, Mean, Region, Share
 from circuits.claims.hypotheses import blind_below, hsic_p, shi_equivalence_p
 from circuits.claims.parts import ABLATIONS
 from circuits.claims.settings import ClaimTest, Parameter, Settings
@@ -83,7 +83,10 @@ def _metric(subject: Subject) -> dict[str, float]:
 def ablations(subject: Subject, settings: Settings, level: Level) -> Measured:
     """Faithfulness under several ablations; a circuit that is faithful under one only says so."""
     _, kept = subject.circuit
+    parts, _ = subject.circuit
     chosen = settings["ablations"]
+    if other := next((a for a in chosen if a not in parts.ablations), ""):
+        return subject.cannot(f"ablation {other}: {parts.word} take {', '.join(parts.ablations)}")
     found: list[Quantity] = []
     for name in chosen:
         if why := subject.no_effect(ablation=name, level=level.each):
@@ -113,6 +116,12 @@ def elsewhere(subject: Subject, settings: Settings, level: Level) -> Measured:
     return Measured(tuple(found), "; ".join(said), subject.seed)
 
 
+def check_tasks(subject: Subject, settings: Settings) -> None:
+    """Raise if a task cannot be made; what it asks is not looked at."""
+    for spec in settings["tasks"]:
+        load_claims_task(subject.model, TaskSpec(spec, len(subject.task), subject.task.seed))
+
+
 def other_task(subject: Subject, spec: str) -> Task:
     """The test half of another task, with as many examples as the subject's."""
     return load_claims_task(
@@ -130,10 +139,14 @@ def accuracy_kept(subject: Subject, settings: Settings, level: Level) -> Measure
         return subject.cannot(why)
     _, kept = subject.circuit
     empty, whole = subject.ends(metric=accuracy)
+    low, high = Mean(whole - empty, subject.test.clusters).interval(level.each)
+    if not (low > 0 or high < 0):
+        return subject.cannot(
+            "the model is right no more often than with every part ablated: there is nothing to lose"
+        )
     own = subject.values([kept], metric=accuracy)[0]
-    lost = quantity(
-        "accuracy lost", Mean(whole - own, subject.test.clusters), Region(high=settings["most"]), level,
-    )  # fmt: skip
+    loss = Loss(whole - own, subject.test.clusters)
+    lost = quantity("accuracy lost", loss, Region(high=settings["most"]), level)
     rates = f"circuit {own.mean():.1%}, model {whole.mean():.1%}, nothing kept {empty.mean():.1%}"
     note = f"accuracy: {rates}; the model's is the ceiling"
     details = {
@@ -186,6 +199,10 @@ def independence(subject: Subject, settings: Settings, level: Level) -> Measured
     Gretton et al. (2008); Shi et al. (2024). It can refute that the rest carries nothing, and cannot show it, so that
     the best verdict is *undecided*; the smallest dependence that it could have seen is printed.
     """
+    if (least := level.corrected(1 / (1 + settings["draws"]))) >= level.alpha:
+        return subject.cannot(
+            f"{settings['draws']} permutations give a corrected p of at least {least:.3g}: nothing could be refuted"
+        )
     _, kept = subject.circuit
     _, whole = subject.ends()
     rest = subject.values([~kept])[0]
@@ -229,13 +246,13 @@ def breaking_inputs(subject: Subject, settings: Settings, level: Level) -> Measu
         why = f"task {drawn.name} has no other inputs than those {len(known)}: nothing was searched"
         return subject.cannot(why)
     task = drawn.subset(new)
-    empty, whole = subject.ends()
+    empty, whole = subject.ends(subject.find)
     bound = settings["error"] * abs(float((whole - empty).mean()))
     _, all_ = subject.ends(task)
     off = np.abs(subject.values([kept], task=task)[0] - all_)
     worst = np.argsort(-off, kind="stable")[:10].tolist()
     found = quantity(
-        f"share of inputs off by more than {bound:.3g}", Share((off > bound).astype(float), task.clusters),
+        f"share of inputs off by more than {bound:.3g}", Share((~(off <= bound)).astype(float), task.clusters),
         Region(high=settings["most"]), level,
     )  # fmt: skip
     details = {"worst": [{"input": task.examples.names[i], "off": float(off[i])} for i in worst]}
@@ -283,6 +300,7 @@ TESTS = (
         "other-tasks", ("general",),
         "Faithfulness on other tasks, such as other templates of the same behaviour.",
         (*FAITHFUL, Parameter("tasks", "the tasks, as `--task` takes them", form="texts")), elsewhere,
+        check=check_tasks,
     ),
     ClaimTest(
         "breaking-inputs", ("general",),

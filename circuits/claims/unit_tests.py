@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from circuits.claims.evidence import Known, Mean, Region, Share
+from circuits.claims.evidence import Auroc, Known, Region, Share
 from circuits.claims.settings import ClaimTest, Parameter, Settings
 from circuits.claims.subject import Subject
 from circuits.claims.verdicts import Level, Measured, quantity
@@ -48,27 +48,32 @@ def tuned(subject: Subject, settings: Settings, level: Level) -> Measured:
     model, unit = subject.model, settings["unit"]
     [curve] = radial_tuning(model, [unit], step=_STEP, seed=subject.seed)
     [line] = radial_tuning(model, [unit], "line", step=_STEP, seed=subject.seed)
-    each = range(len(curve.curves))
     peak = curve.curves.max(1)
     if not (peak > 0).all():
         return subject.cannot(f"unit {unit} does not answer to some of the curves at all")
     angle = preferred(curve.angles, curve.curves)
     off = np.abs((angle - settings["angle"] + 180) % 360 - 180)
-    made = partial(quantity, level=level, parts=4)
+    kinds = len(curve.curves)
+    # These kinds of curves are all that are drawn, and no sample of others: the worst of them decides.
+    made = partial(quantity, level=level, parts=4, n=kinds, exact=True)
+    widths, echoes = (measure(curve.angles, curve.curves) for measure in (fwhm, echo))
     found = (
         made(
-            f"preferred angle off {settings['angle']:g}", Mean(off, each), Region(high=settings["tolerance"]),
-            unit="degrees",
+            f"preferred angle off {settings['angle']:g}, at most", Known(float(off.max())),
+            Region(high=settings["tolerance"]), unit="degrees",
         ),
         made(
-            "full width at half maximum", Mean(fwhm(curve.angles, curve.curves), each), Region(high=settings["width"]),
+            "full width at half maximum, at most", Known(float(widths.max())), Region(high=settings["width"]),
             unit="degrees",
         ),
-        made("echo, of the peak", Mean(echo(curve.angles, curve.curves), each), Region(high=settings["echo"])),
-        made("answer to lines, of the peak", Mean(line.curves.max(1) / peak, each), Region(high=settings["lines"])),
+        made("echo, of the peak, at most", Known(float(echoes.max())), Region(high=settings["echo"])),
+        made(
+            "answer to lines, of the peak, at most", Known(float((line.curves.max(1) / peak).max())),
+            Region(high=settings["lines"]),
+        ),
     )  # fmt: skip
     said = (
-        f"{len(each)} kinds of curves (ink, paper, thickness) of radius {curve.radius:.3g} pixels at "
+        f"all {kinds} kinds of curves (ink, paper, thickness) of radius {curve.radius:.3g} pixels at "
         f"{len(curve.angles)} angles"
     )
     return Measured(found, said, subject.seed)
@@ -153,20 +158,12 @@ def generality(subject: Subject, settings: Settings, level: Level) -> Measured:
         return subject.cannot(
             "all images are of the named classes, or none is: there is nothing to compare"
         )
-    # The share of other images that each image of the feature exceeds; its mean is the area under the ROC curve. The
-    # other images are taken as given: the interval is that of drawing other images of the feature.
-    others = np.sort(found[~is_one])
-    below = (
-        np.searchsorted(others, found[is_one], "left"),
-        np.searchsorted(others, found[is_one], "right"),
-    )
-    share = (below[0] + below[1]) / 2 / len(others)
     least = Region(low=settings["least"])
     made = quantity(
-        "AUROC", Share(share, range(len(share))), least, level, null=(0.5,), null_is="chance"
+        "AUROC", Auroc(found[is_one], found[~is_one]), least, level, null=(0.5,), null_is="chance"
     )
     p = stats.mannwhitneyu(found[is_one], found[~is_one], alternative="greater").pvalue
-    note = f"{is_one.sum()} images of the classes, {len(others)} others; Mann-Whitney p {p:.3g}"
+    note = f"{is_one.sum()} images of the classes, {(~is_one).sum()} others; Mann-Whitney p {p:.3g}"
     return Measured((made,), f"{len(examples)} images of {settings['data']}", subject.seed, (note,))
 
 

@@ -175,7 +175,12 @@ class Measured:
             return "could not be tested", "nothing was measured"
         unknown = [q for q in self.quantities if math.isnan(q.p_holds) or math.isnan(q.p_refuted)]
         if unknown:
-            return "could not be tested", f"{unknown[0].name}: too few independent examples"
+            why = (
+                "too few independent examples"
+                if math.isfinite(unknown[0].value)
+                else "it is not a number"
+            )
+            return "could not be tested", f"{unknown[0].name}: {why}"
         out = [q for q in self.quantities if q.p_refuted < alpha and not q.p_holds < alpha]
         if out:
             return "refuted", _said(min(out, key=lambda q: q.p_refuted), "outside")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -150,9 +151,13 @@ class Report:
         title = f"{file.name}: {file.model}" + (
             f", {self.circuit}, {file.ablation} ablation" if self.circuit else ""
         )
+        counts = Counter(j.verdict for j in self.judged)
+        sums = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+        other = sum(not j.as_expected for j in self.judged)
         note = (
-            f"{len(file.claims)} tests; the chance of any wrong verdict is at most {file.alpha:g} (Bonferroni: each at "
-            f"{1 - level.each:.2g}); intervals are of the level {level.each:.4g}; seed {file.seed}"
+            f"{sums}; {f'{other} not as expected (!)' if other else 'all as expected'}. {len(file.claims)} tests; the "
+            f"chance of any wrong verdict is at most {file.alpha:g} (Bonferroni: each at {1 - level.each:.2g}); intervals "
+            f"are of the level {level.each:.4g}; seed {file.seed}"
         )
         yield Table(("claim", "test", "verdict", "expected", "why"), rows, title, note)
         for judged in self.judged:
@@ -191,6 +196,18 @@ def _details(judged: Judged) -> Iterator[Table | str]:
             f"{judged.claim.name}: tested before, registered {run.registered}, {run.verdict or 'not ended'}"
             + (f"; changed since: {changed}" if changed else "; with the same settings")
         )
+
+
+def load(file: ClaimFile, folder: Path) -> HookedModel:
+    """The model that claims are about.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: if there is none such, or its name would run code that nobody trusts.
+    """
+    spec = from_file(
+        "model", file.model, f"claim file {file.name!r}", "load it and give it to verify"
+    )
+    return load_model(spec, folder / file.weights if file.weights else None)
 
 
 def verify(

@@ -7,7 +7,7 @@ from circuits.claims.catalogue import TESTS
 from circuits.claims.claim import CircuitSpec, Claim, ClaimFile, TaskSpec
 from circuits.claims.parts import Ablation
 from circuits.claims.subject import RESTORABLE, load_claims_task
-from circuits.discovery.found import check_not_found_on, edges_of
+from circuits.discovery.found import edges_of
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import read_edit
 from circuits.graph.circuit import CircuitGraph
@@ -32,6 +32,10 @@ USUAL = (
 """The claims of a new file: test, kind, and statement. The others need to be told tasks or ablations."""
 
 
+EXAMPLES = 500
+"""How many examples a new file draws: half of them judge, which leaves all usual tests enough power to hold."""
+
+
 def task_of_circuit(
     circuit: CircuitGraph,
     model: HookedModel,
@@ -39,26 +43,25 @@ def task_of_circuit(
     examples: int | None = None,
     seed: int | None = None,
 ) -> TaskSpec:
-    """The task that claims about a circuit are tested on, whose `test` half was not seen when it was found.
+    """The task that claims about a circuit are tested on: examples that were not drawn when it was found.
 
     Args:
         circuit: a circuit that was found.
         model: its model.
         spec: the task; the one on which it was found if empty.
-        examples: how many are drawn for both halves; as many as when it was found if None.
-        seed: of the examples and their halves; the one with which it was found if None.
+        examples: how many are drawn for both halves; 500 if None.
+        seed: of the examples and their halves; the next after the one with which the circuit was found if None.
 
     Raises:
-        KeyError, FileNotFoundError, ValueError: if the circuit was not found, the task cannot be made, or the circuit
-            was found on an example of its `test` half.
+        KeyError, FileNotFoundError, ValueError: if the circuit was not found, or the task cannot be made.
     """
     edges_of(circuit)
     made = circuit.graph["made"]
-    if examples is None:  # circuits that were saved earlier say those of one half only
-        examples = int(made.get("examples") or 2 * len(made.get("found_on", ())))
-    own = int(made.get("seed", 0)) if seed is None else seed
-    task = TaskSpec(spec or str(made.get("task", "")), examples, own)
-    check_not_found_on(circuit, load_claims_task(model, task).test)
+    own = int(made.get("seed", 0)) + 1 if seed is None else seed
+    task = TaskSpec(
+        spec or str(made.get("task", "")), EXAMPLES if examples is None else examples, own
+    )
+    load_claims_task(model, task)
     return task
 
 

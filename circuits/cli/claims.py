@@ -10,11 +10,10 @@ from typer import Typer
 from circuits.claims import KINDS, TESTS, claims_schema, write_claims
 from circuits.claims.claim import TaskSpec
 from circuits.claims.parts import Ablation
-from circuits.claims.writing import claims_of_circuit, claims_of_recipe, task_of_circuit
+from circuits.claims.writing import EXAMPLES, claims_of_circuit, claims_of_recipe, task_of_circuit
 from circuits.cli import options
 from circuits.cli.recipes import recipe_of
 from circuits.cli.signatures import Within, argument, command, option
-from circuits.examples import LIMIT
 from circuits.graph.saved import load_circuit
 from circuits.tables import Table
 
@@ -41,9 +40,9 @@ def new(
     )] = None,
     task: Annotated[str, option("The task. By default the one on which the circuit was found.", "--task")] = "",
     examples: Annotated[int, option(
-        "How many examples are drawn for both halves of the task: as many as when the circuit was found.", "--limit",
-        check=Within(4, 10**6),
-    )] = LIMIT,
+        "How many new examples are drawn for both halves of the task; those that were drawn when the circuit was found "
+        "are left out.", "--limit", check=Within(4, 10**6),
+    )] = EXAMPLES,
     ablation: Annotated[Ablation, option("What everything outside the circuit carries.")] = "counterpart",
     about: Annotated[str, option("The story, in a few sentences.")] = "",
     seed: options.Seed = 0,
@@ -67,7 +66,7 @@ def new(
         file = claims_of_recipe(recipe.stem, edits, loaded, model.spec, spec, least, most, **more)
     else:
         found = load_circuit(model.place.database, circuit, loaded.hash)
-        spec = task_of_circuit(found, loaded, task, examples, seed)
+        spec = task_of_circuit(found, loaded, task, examples)
         file = claims_of_circuit(
             circuit, found, loaded, model.spec, spec, ablation=ablation, **more
         )

@@ -359,8 +359,8 @@ def _fewer(size: int | None, kept: Mask) -> tuple[str, ...]:
     if size is None or (n := int(kept.sum())) >= size:
         return ()
     return (
-        f"{size} edges were asked for, and the circuit has {n}: no more of those that were chosen lie on paths from the "
-        "model's input to its output",
+        f"{size} edges were asked for, and the circuit has {n}: no more of those that were chosen lie on paths from "
+        "the model's input to its output",
     )
 
 

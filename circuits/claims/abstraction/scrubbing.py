@@ -119,6 +119,10 @@ class Hypothesis:
         return found
 
 
+_ALONE = 0.5
+"""Which share of examples may have a value of a variable that no other example has."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scrubbing:
     """Examples of one length, their variables, and the runs of a hypothesis.
@@ -259,7 +263,29 @@ def scrubbing(subject: Subject, settings: Settings, level: Level) -> Measured:
         "draws",
         *(_freedom(node, variable, one) for node, variable in hypothesis.variables.items()),
     )
-    return Measured((found,), subject.said(), subject.seed, notes, hashes(algorithm))
+    return Measured(
+        (found,),
+        subject.said(),
+        subject.seed,
+        notes,
+        hashes(algorithm),
+        cannot_hold=_nothing_drawn(one),
+    )
+
+
+def _nothing_drawn(one: Scrubbing) -> str:
+    """Why a recovered loss says nothing: what the hypothesis permits leaves most examples with themselves alone."""
+    if not one.hypothesis.variables:
+        return "the hypothesis names no variable, so that nothing is resampled"
+    for variable in dict.fromkeys(one.hypothesis.variables.values()):
+        n = Counter(one.keys[variable])
+        alone = np.mean([n[key] == 1 for key in one.keys[variable]])
+        if alone > _ALONE:
+            return (
+                f"{alone:.0%} of the examples are alone with their {variable}, so that nothing is resampled there; "
+                "expected more examples, or a coarser variable"
+            )
+    return ""
 
 
 def _freedom(node: str, variable: str, one: Scrubbing) -> str:
