@@ -215,6 +215,7 @@ class _Finding:
         n = len(self.graph)
         if n > LIMIT and (sets := sets_on_disk(self.find, self.method)):
             folder = Path(gettempdir()) if self.folder is None else self.folder
+            folder.mkdir(parents=True, exist_ok=True)
             there = sum(path.stat().st_size for path in folder.glob("*/batch-*.h5"))
             own = there if self.folder is not None else 0
             check_space(folder, Cost.of(n, len(self.find), sets), own)
