@@ -54,6 +54,28 @@ def test_an_empty_text_is_not_the_same_as_none(
     assert f"Invalid value for '{option}': expected a text that is not empty" in error
 
 
+def test_a_name_that_cannot_be_kept_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr("circuits.cli.options.Model.load", loaded)
+    long = "x" * 4000
+    for words in (
+        ["discover", "addition-by-hand", "--save", long],
+        ["graph", "show", "addition-by-hand", "--save", long],
+        ["graph", "show", "addition-by-hand", "--save", " "],
+        ["graph", "import", "addition-by-hand", "found.json", "--name", long],
+    ):
+        assert run(words) == 2
+        error = capsys.readouterr().err
+        assert "must have 1 to 200 characters" in error or "a text that is not empty" in error, (
+            error
+        )
+        assert len(error) < 300
+
+
 def test_the_steps_of_pruning_belong_to_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["discover", "addition-by-hand", "--pruning-steps", "5", *FEW]) == 2
     assert "belong to the search pruning, not to greedy" in capsys.readouterr().err

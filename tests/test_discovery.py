@@ -288,6 +288,22 @@ def test_random_circuits_of_many_channels_lie_mostly_on_paths() -> None:
     assert np.mean(shares) > 0.8, "of edges that are drawn again and again .68"
 
 
+@pytest.mark.parametrize("search", ["top", "greedy"])
+def test_a_size_that_leaves_no_path_is_refused_with_the_least_that_does(search: Any) -> None:
+    model = load_model("induction-by-hand")
+    graph, task = edge_graph(model), load_task(model, n=12, seed=1)
+    given: dict[str, Any] = {"search": search, "check": 0, "n_random": 0, "n_curves": 0, "shift": 1}
+    pick = {"top": top, "greedy": greedy}[search]
+    # An edge straight to the output, which is worth nothing, is not among the first ones.
+    worth = score_edges(graph, task.find, "exact", shift=1).worth()
+    least = next(n for n in range(1, len(graph) + 1) if pick(graph, worth, n).any())
+    assert least > 1
+    for n in (1, least - 1):
+        with pytest.raises(ValueError, match=f"no path .* expected a size of at least {least}$"):
+            discover(graph, task, "exact", size=n, **given)
+    assert len(edges_of(discover(graph, task, "exact", size=least, **given).circuit)) > 0
+
+
 def test_greedy_grows_backwards_and_refine_ends_at_the_size_asked_for() -> None:
     model = load_model("induction-by-hand")
     graph, task = edge_graph(model), load_task(model, n=12, seed=1).find

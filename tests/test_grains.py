@@ -583,3 +583,20 @@ def test_finer_grains_on_the_command_line(
         error = capsys.readouterr().err
         assert said in " ".join(error.split())
         assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "grain", [{"neurons": "all", "neuron_targets": "0"}, {"neurons": "1", "spans": "0,1-"}]
+)
+def test_edges_of_parts_in_half_precision_are_those_in_float32(grain: Any) -> None:
+    model, half = gpt2_like()[0], gpt2_like()[0]
+    half = HookedModel(half.module.to(torch.bfloat16), half.input, "half")
+    wanted, found = (
+        [
+            score_edges(edge_graph(m, **grain), pairs(m, *drawn(), weighed), method).mean
+            for method in ("eap", "exact")
+        ]
+        for m in (model, half)
+    )
+    for one, other in zip(wanted, found, strict=True):
+        assert np.corrcoef(one, other)[0, 1] > 0.95  # of 8 bits

@@ -172,9 +172,10 @@ def test_groups_are_read_from_text_and_from_a_file_of_families(tmp_path: Path) -
     for text, said in (("mixed3a:1", "expected NAME=SITE"), ("a=x:1;a=x:2", "there twice")):
         with pytest.raises(ValueError, match=said):
             parse_groups(text)
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="no file of families"):
-        parse_groups(str(path))
+    for text, said in (("{}", "it has no 'families'"), ("", "it is empty"), ("x", "it is no JSON")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"no file of families: {said}"):
+            parse_groups(str(path))
 
 
 @pytest.mark.parametrize(

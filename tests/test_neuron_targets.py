@@ -233,6 +233,7 @@ def test_sizes_and_weights_of_edges_into_neurons(case: tuple[StreamGraph, Task, 
     ("given", "said"),
     [
         ({"neuron_targets": "2"}, "neuron_targets '2': gpt2-like has the layers 0 to 1"),
+        ({"neuron_targets": "1-0"}, "neuron_targets '1-0': 1-0 runs backwards; expected 0-1"),
         (
             {"neuron_targets": "x"},
             "neuron_targets 'x': expected numbers of layers such as 3,5-7, or all",
@@ -242,5 +243,5 @@ def test_sizes_and_weights_of_edges_into_neurons(case: tuple[StreamGraph, Task, 
 def test_layers_without_neurons_are_refused(given: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         edge_graph(gpt2_like()[0], **given)
-    with pytest.raises(ValueError, match=r"neurons 0: the edges of .* are between channels"):
+    with pytest.raises(ValueError, match=r"neuron_targets 0: the edges of .* are between channels"):
         edge_graph(load_model("shapes"), neuron_targets="0")

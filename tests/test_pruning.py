@@ -335,6 +335,10 @@ def test_the_number_of_steps_of_pruning_is_asked_for() -> None:
     given: dict[str, Any] = {"check": 0, "n_random": 0, "n_curves": 0, "size": 3, "stage": stage}
     discover(graph, task, "eap", search="pruning", pruning_steps=7, **given)
     assert set(told) == {7}
+    short = discover(graph, task, "eap", search="pruning", pruning_steps=1, **given | {"size": 5})
+    n = len(edges_of(short.circuit))
+    assert n < 5
+    assert short.notes[0].startswith(f"5 edges were asked for, and the circuit has {n}: ")
     with pytest.raises(
         ValueError, match="pruning_steps 7 belong to the search pruning, not to top"
     ):

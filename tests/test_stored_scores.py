@@ -252,6 +252,12 @@ def test_the_cost_is_said_before(
     assert str(Cost.of(10**7, 8)).startswith(
         "10000000 edges: their scores on 8 examples take 320 MB of disk, and all of it about "
     )
+    assert "8 examples, 4 times with those to compare with, take 1.3 GB" in str(
+        Cost.of(10**7, 8, 4)
+    )
+    # No less than was measured.
+    assert Cost.of(347_121, 66).memory > 1.19e9
+    assert Cost.of(11_005_074, 8).memory > 1.78e9
     model, _ = gpt2_like()
     with pytest.raises(
         ValueError, match=r"more than 100; expected .* of memory and .* of disk an example"

@@ -156,8 +156,8 @@ class Report:
         other = sum(not j.as_expected for j in self.judged)
         note = (
             f"{sums}; {f'{other} not as expected (!)' if other else 'all as expected'}. {len(file.claims)} tests; the "
-            f"chance of any wrong verdict is at most {file.alpha:g} (Bonferroni: each at {1 - level.each:.2g}); intervals "
-            f"are of the level {level.each:.4g}; seed {file.seed}"
+            f"chance of any wrong verdict is at most {file.alpha:g} (Bonferroni: each at {1 - level.each:.2g}); "
+            f"intervals are of the level {level.each:.4g}; seed {file.seed}"
         )
         yield Table(("claim", "test", "verdict", "expected", "why"), rows, title, note)
         for judged in self.judged:

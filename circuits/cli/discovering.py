@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from circuits.discovery.comparing import compare_circuits
 from circuits.discovery.contrasts import contrast
 from circuits.discovery.evaluating import evaluate as evaluated
 from circuits.discovery.finding import discover as found_circuit
-from circuits.discovery.finding import usual_size
+from circuits.discovery.finding import sets_on_disk, usual_size
 from circuits.discovery.formats import SUFFIXES, check_writable, read_edges, write_edges
 from circuits.discovery.found import check_not_found_on, edges_of, graph_of, parts_in, parts_of
 from circuits.discovery.graphs import LIMIT, Edge, EdgeGraph, Mask
@@ -32,7 +33,7 @@ from circuits.discovery.searching import check_size, least_size
 from circuits.discovery.searching import top as strongest_edges
 from circuits.discovery.series import compare_models
 from circuits.discovery.shuffled import BesideShuffled
-from circuits.discovery.stored import Cost
+from circuits.discovery.stored import Cost, check_space
 from circuits.experiments import N_RANDOM
 from circuits.files import keeping, make_now
 from circuits.graph.circuit import CircuitGraph
@@ -70,8 +71,9 @@ def discover(
         check_writable(kept.scores, graph)
     settings: dict[str, Any] = asdict(how) | evidence.settings
     keep, folder = make_now, None
-    if len(graph) > LIMIT:
-        say_before(str(Cost.of(len(graph), len(asked.find))))
+    sets = sets_on_disk(asked.find, how.method) if len(graph) > LIMIT else 0
+    if sets:
+        say_before(str(Cost.of(len(graph), len(asked.find), sets * (1 + evidence.shuffled))))
     if kept.save:
         own = {
             "graph": dict(graph.choices), "truth": _all_edges(known),
@@ -79,6 +81,11 @@ def discover(
         }  # fmt: skip
         folder = _work_folder(place, loaded, asked, own | settings)
         keep = keeping(folder)
+    if (
+        sets and evidence.shuffled
+    ):  # whose scores lie in a temporary folder, as do the first ones without --save
+        own = sets if kept.save else 2 * sets
+        check_space(Path(gettempdir()), Cost.of(len(graph), len(asked.find), own), 0)
     with output.stages() as stage:
         found = found_circuit(
             graph, asked, seed=seed, stage=stage, keep=keep, folder=folder, other=masks, truth=right, **settings

@@ -55,9 +55,9 @@ def not_empty(value: str | None) -> str | None:
 
 def circuit_name(value: str | None) -> str | None:
     """A check of the name under which a circuit is to be saved, before the work is done."""
-    if value is not None:
+    if not_empty(value) is not None:
         try:
-            check_name("circuit", value)
+            check_name("circuit", str(value))
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
     return value

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,7 +21,7 @@ from circuits.discovery.pairs import EdgePairs, pair_edges, strongest
 from circuits.discovery.pruning import PART, prune
 from circuits.discovery.results import SIZES, UNESTIMATED, EdgeScores, Ranking
 from circuits.discovery.runs import Ablation, Runs
-from circuits.discovery.scoring import STEPS, Method, Rule, score_edges
+from circuits.discovery.scoring import STEPS, Method, Rule, in_files, score_edges
 from circuits.discovery.searching import (
     SEARCHES,
     Search,
@@ -32,6 +33,7 @@ from circuits.discovery.searching import (
     top,
 )
 from circuits.discovery.stability import SearchStability, stability
+from circuits.discovery.stored import Cost, check_space
 from circuits.discovery.truth import known_edges, recovered
 from circuits.examples import BATCH
 from circuits.experiments import N_RANDOM
@@ -135,13 +137,14 @@ def discover(
         pruning={} if pruning_steps is None else {"steps": pruning_steps}, seed=seed, stage=stage, keep=keep,
         folder=folder,
     )  # fmt: skip
+    work.check_disk()
     scores = work.scores
     checked = work.checked(check, check_on)
     kept = work.searched()
     again = work.stability(kept)
     truth = known_edges(graph, shift) if truth is None else truth
     others, notes = work.nulls(kept, {**(other or {}), **({} if truth is None else {TRUE: truth})})
-    notes = (*_fewer(size, kept), *notes)
+    notes = (*_fewer(search, size, kept), *notes)
     made = work.evaluated(kept, others, n_random, n_curves)
     further = work.alternatives(kept, alternatives) if alternatives and made.defined else None
     paired = work.pairs(pairs) if pairs else None
@@ -206,6 +209,16 @@ class _Finding:
             self.graph, task, self.method, progress=self.stage(stage), keep=keep,
             folder=folder, **self.scoring, **self.settings,
         )  # fmt: skip
+
+    def check_disk(self) -> None:
+        """Raise ValueError unless there is room for the scores of a large graph, those with swapped answers too."""
+        n = len(self.graph)
+        if n > LIMIT and (sets := sets_on_disk(self.find, self.method)):
+            folder = Path(gettempdir()) if self.folder is None else self.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            there = sum(path.stat().st_size for path in folder.glob("*/batch-*.h5"))
+            own = there if self.folder is not None else 0
+            check_space(folder, Cost.of(n, len(self.find), sets), own)
 
     @property
     def worth(self) -> Float[np.ndarray, " edge"]:
@@ -289,7 +302,7 @@ class _Finding:
             found[BY_WEIGHT] = self.picked(self.graph.weight_norms(), n)
         except ValueError as error:
             notes.append(f"not compared with a circuit {BY_WEIGHT}: {error}")
-        if self.method != "random" and self.find.compared:
+        if _is_swapped(self.find, self.method):
             asked, keep = swapped(self.find, self.seed), part_of(self.keep, "swapped")
             scores = self._scored(asked, "scores with answers swapped", keep, "swapped")
             found[SWAPPED] = self.picked(scores.worth(self.ranking), n)
@@ -320,6 +333,16 @@ class _Finding:
         edges = strongest(self.scores, n, self.ranking)
         told, keep = self.stage("pairs"), part_of(self.keep, "pairs")
         return pair_edges(self.graph, self.find, edges, progress=told, keep=keep, **self.settings)
+
+
+def sets_on_disk(find: Task, method: Method) -> int:
+    """How many sets of scores of a large graph lie in files at once: those of a task, and with swapped answers."""
+    return (1 + _is_swapped(find, method)) if in_files(method) else 0
+
+
+def _is_swapped(find: Task, method: Method) -> bool:
+    """Whether edges are scored with swapped answers, too."""
+    return method != "random" and find.compared
 
 
 def usual_size(graph: EdgeGraph) -> int:
@@ -354,13 +377,13 @@ def _check_choices(
         raise ValueError(f"check_on {check_on!r}: expected find or test")
 
 
-def _fewer(size: int | None, kept: Mask) -> tuple[str, ...]:
+def _fewer(search: str, size: int | None, kept: Mask) -> tuple[str, ...]:
     """What is to be said of a circuit with fewer edges than were asked for."""
     if size is None or (n := int(kept.sum())) >= size:
         return ()
     return (
-        f"{size} edges were asked for, and the circuit has {n}: no more of those that were chosen lie on paths from "
-        "the model's input to its output",
+        f"{size} edges were asked for, and the circuit has {n}: the search {search} found no more that lie on a path "
+        "from the model's input to its output",
     )
 
 

@@ -185,6 +185,11 @@ def _taken(method: str, alphas: Sequence[float]) -> Sequence[float] | None:
     return taken.get(method)
 
 
+def in_files(method: str) -> bool:
+    """Whether a large graph's scores by a method are written to files: those by gradients over inputs."""
+    return _taken(method, ()) is not None
+
+
 def _collect(
     runs: Runs, scorer: Scorer, collected: _Collected, keep: Keep, progress: Progress | None
 ) -> None:
