@@ -98,5 +98,5 @@ def test_frequencies_that_are_not_there(model: HookedModel):
     subject = Subject(model, load_claims_task(model, TaskSpec(examples=24)))
     four = test.settings({"frequencies": ["19", "22", "1", "7"]}, "")
     assert test.run(subject, four, Level()).verdict(0.05)[0] == "holds"
-    with pytest.raises(ValueError, match="frequencies: 57, expected 1 to 56"):
+    with pytest.raises(ValueError, match="frequencies: '57', expected a whole number from 1 to 56"):
         test.run(subject, test.settings({"frequencies": ["57"]}, ""), Level())

@@ -209,7 +209,7 @@ def test_a_circuit_is_claimed_from_the_canvas(place: Workspace, monkeypatch) -> 
     assert opened == [("claims", {"model": "induction", "file": "story"})]
     file = read_claims(claims_folder(place) / "story.yaml")
     assert (file.circuit.saved, file.ablation) == ("story", "counterpart")
-    assert (file.task.spec, file.task.examples, file.task.seed) == ("repeats", 16, 0)
+    assert (file.task.spec, file.task.examples, file.task.seed) == ("repeats", 500, 1)
     assert len(file.claims) == 10
     test.run()
     assert "circuit-claim" not in [b.key for b in test.button], "it is not written over"

@@ -36,7 +36,7 @@ def subject_of(name: str, examples: int) -> Subject:
 
 @pytest.fixture(scope="module")
 def induction() -> Subject:
-    return subject_of("induction-by-hand", 60)
+    return subject_of("induction-by-hand", 120)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.checks import clipped
+from circuits.checks import clipped, whole
 from circuits.claims.evidence import Known, Mean, Region
 from circuits.claims.settings import ClaimTest, Parameter, Settings
 from circuits.claims.subject import Subject
@@ -86,12 +86,14 @@ def keys_of(texts: Sequence[str], p: int) -> list[int]:
             to be as many others.
     """
     most = p // 2
+    keys = []
     for text in texts:
-        if not text.isdecimal() or not text.isascii() or not 1 <= int(text[:9]) <= most:
+        k = whole(text)
+        if k is None or not 1 <= k <= most:
             raise ValueError(
                 f"frequencies: {clipped(repr(text))}, expected a whole number from 1 to {most}"
             )
-    keys = [int(text) for text in texts]
+        keys.append(k)
     if len(set(keys)) < len(keys):
         raise ValueError(f"frequencies {', '.join(texts)}: one is named twice")
     if 2 * len(keys) > most:

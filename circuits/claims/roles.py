@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 
+from circuits.checks import whole
 from circuits.claims.evidence import Mean, Region, Share
 from circuits.claims.settings import ClaimTest, Parameter, Settings
 from circuits.claims.subject import Subject
@@ -87,7 +88,7 @@ def place_of(place: str, question: Question, length: int, name: str) -> list[int
     """
     if place in question.spans:
         return list(range(*question.spans[place]))
-    number = -1 if place == "last" else _position(place)
+    number = -1 if place == "last" else whole(place)
     if number is None or not -length <= number < length:
         spans = ", ".join(question.spans) or "none"
         raise ValueError(
@@ -95,11 +96,6 @@ def place_of(place: str, question: Question, length: int, name: str) -> list[int
             f"{length - 1}, or one of its spans ({spans})"
         )
     return [number % length]
-
-
-def _position(text: str) -> int | None:
-    digits = text.removeprefix("-")
-    return int(text) if digits.isdecimal() and digits.isascii() and len(digits) < 10 else None
 
 
 def _check_heads(subject: Subject, settings: Settings) -> None:

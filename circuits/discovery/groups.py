@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +16,10 @@ from circuits.discovery.channels import ChannelGraph
 from circuits.discovery.graphs import Cut, EdgeGraph, PlacedNode
 from circuits.graph.circuit import UnitGroup
 from circuits.hooks import Change
+from circuits.json_files import read_json
 from circuits.units import Site, Unit, Units, unknown
 
-_NAME = re.compile(r"[^\W\d][\w.-]*")
+_NAME = re.compile("[^\\W0-9][\\w.-]*")
 
 
 class GroupedGraph(EdgeGraph):
@@ -255,19 +254,13 @@ def parse_groups(text: str) -> dict[str, Units]:
 
 
 def _from_file(path: Path) -> dict[str, Units]:
-    """The groups of a file of families."""
+    read = read_json(path, f"groups {str(path)!r}")
     try:
-        text = path.read_text()
-        if not text.strip():
-            raise ValueError("it is empty")
-        read: Any = json.loads(text)
         families = read["families"] if isinstance(read, Mapping) else read
         found = {
             str(family["name"]).replace(" ", "_"): Units.of([m["unit"] for m in family["members"]])
             for family in families
         }
-    except json.JSONDecodeError as error:
-        raise ValueError(f"groups {path}: no file of families: it is no JSON: {error}") from error
     except KeyError as error:
         raise ValueError(f"groups {path}: no file of families: it has no {error}") from error
     except (ValueError, TypeError) as error:

@@ -119,7 +119,7 @@ class Hypothesis:
         return found
 
 
-_ALONE = 0.5
+_ALONE = 0.9
 """Which share of examples may have a value of a variable that no other example has."""
 
 
@@ -277,15 +277,14 @@ def _nothing_drawn(one: Scrubbing) -> str:
     """Why a recovered loss says nothing: what the hypothesis permits leaves most examples with themselves alone."""
     if not one.hypothesis.variables:
         return "the hypothesis names no variable, so that nothing is resampled"
+    alone = {}
     for variable in dict.fromkeys(one.hypothesis.variables.values()):
         n = Counter(one.keys[variable])
-        alone = np.mean([n[key] == 1 for key in one.keys[variable]])
-        if alone > _ALONE:
-            return (
-                f"{alone:.0%} of the examples are alone with their {variable}, so that nothing is resampled there; "
-                "expected more examples, or a coarser variable"
-            )
-    return ""
+        alone[variable] = float(np.mean([n[key] == 1 for key in one.keys[variable]]))
+    if min(alone.values()) <= _ALONE:
+        return ""
+    said = ", ".join(f"{share:.0%} with their {variable}" for variable, share in alone.items())
+    return f"examples are alone ({said}), so that nothing is resampled; expected more examples, or coarser variables"
 
 
 def _freedom(node: str, variable: str, one: Scrubbing) -> str:
