@@ -11,8 +11,10 @@ import pytest
 from scipy import stats
 
 from circuits.claims.evidence import (
+    Auroc,
     Evidence,
     Known,
+    Loss,
     Mean,
     Ratio,
     Region,
@@ -105,6 +107,22 @@ def test_a_number_that_is_known_needs_no_sample():
     assert p_inside(Known(0.99), Region(1, 2)) == 1
 
 
+def test_the_area_under_the_curve_counts_pairs():
+    one, other = np.array([1.0, 2, 3, 3]), np.array([0.0, 2, 3])
+    pairs = [(a > b) + 0.5 * (a == b) for a in one for b in other]
+    assert Auroc(one, other).value == pytest.approx(np.mean(pairs))
+    assert Auroc(one, other).value == pytest.approx(stats.mannwhitneyu(one, other).statistic / 12)
+
+
+def test_a_sample_without_spread_is_no_certainty():
+    alike = Mean(np.zeros(2), range(2))
+    assert p_inside(alike, Region(-1, 1)) == 0.5
+    assert all(math.isnan(end) for end in alike.interval(0.95))
+    assert p_inside(Mean(np.zeros(20), range(20)), Region(-1, 1)) < 1e-5
+    # None of 16 got worse: as likely as not if one in twenty does.
+    assert Loss(np.zeros(16), range(16)).below(0.05) == pytest.approx(0.95**16)
+
+
 # --- levels ------------------------------------------------------------------------------------------
 
 
@@ -126,8 +144,20 @@ def _share(rng: np.random.Generator) -> Evidence:
     return Share(rng.choice([0, 0.5, 1], 50, p=[0.4, 0.2, 0.4]), range(50))
 
 
+def _loss(rng: np.random.Generator) -> Evidence:
+    """Right or wrong, and one in twenty gets worse: most samples of 16 have no spread."""
+    return Loss((rng.random(16) < 0.05).astype(float), range(16))
+
+
+def _auroc(rng: np.random.Generator) -> Evidence:
+    """Scores a standard normal quantile of .75 times the square root of two apart: an area of .75."""
+    apart = stats.norm.ppf(0.75) * np.sqrt(2)
+    return Auroc(rng.normal(apart, 1, 12), rng.normal(0, 1, 15))
+
+
 NULLS: dict[str, tuple[Callable[[np.random.Generator], Evidence], float]] = {
-    "mean": (_mean, 1.0), "ratio": (_ratio, 1.0), "share": (_share, 0.5),
+    "mean": (_mean, 1.0), "ratio": (_ratio, 1.0), "share": (_share, 0.5), "loss": (_loss, 0.05),
+    "auroc": (_auroc, 0.75),
 }  # fmt: skip
 
 
