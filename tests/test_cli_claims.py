@@ -154,7 +154,9 @@ def test_a_file_from_a_circuit(folder: Path, capsys):
     assert run(["discover", "addition-by-hand", "--size", "3", "--limit", "24", "--save", "sum", "--random", "2",
                 "--random-rankings", "1", "--check", "0"]) == 0  # fmt: skip
     out = folder / "sum.yaml"
-    assert run(["claim", "new", "addition-by-hand", "sum", "--out", str(out), "--limit", "24"]) == 0
+    assert (
+        run(["claim", "new", "addition-by-hand", "sum", "--out", str(out), "--examples", "24"]) == 0
+    )
     file = read_claims(out)
     assert file.circuit.saved == "sum"
     assert {c.test for c in file.claims} >= {"faithfulness", "knockout", "minimality", "stability"}

@@ -41,7 +41,7 @@ def new(
     task: Annotated[str, option("The task. By default the one on which the circuit was found.", "--task")] = "",
     examples: Annotated[int, option(
         "How many new examples are drawn for both halves of the task; those that were drawn when the circuit was found "
-        "are left out.", "--limit", check=Within(4, 10**6),
+        "are left out.", check=Within(4, 10**6),
     )] = EXAMPLES,
     ablation: Annotated[Ablation, option("What everything outside the circuit carries.")] = "counterpart",
     about: Annotated[str, option("The story, in a few sentences.")] = "",
