@@ -169,6 +169,48 @@ def test_a_file_from_a_circuit(folder: Path, capsys):
     assert "were seen when the circuit was found: expected another seed" in capsys.readouterr().err
 
 
+EDIT = {
+    "claim": "effect",
+    "test": "edit-effect",
+    "with": {"edits": ["zero nowhere:1"], "least": 0, "most": 1},
+}
+UNIT = {"claim": "curve-detector", "test": "tuning", "with": {"unit": "nowhere:1", "angle": 0}}
+SUMS = {
+    "claim": "algorithm",
+    "test": "specification",
+    "with": {"algorithm": "sums", "tokens": ["0"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("claims", "fields", "said"),
+    [
+        ((HOLDS,), {"circuit": {"edges": ["mlp:0 -> logit"]}}, "unknown edge of addition-by-hand 'mlp:0 -> logit'"),
+        ((HOLDS,), {"circuit": {"saved": "nothing"}}, "no circuit 'nothing' for weights"),
+        ((HOLDS,), {"circuit": {"file": "nothing.json"}}, "nothing.json"),
+        ((HOLDS,), {"circuit": {"units": ["blocks.0.attn.hook_z:9"]}}, "blocks.0.attn.hook_z"),
+        ((HOLDS,), {"model": "induction-by-hand"}, "stale"),
+        ((HOLDS,), {"model": "x.py:f"}, "would run its own code"),
+        ((HOLDS,), {"task": {"spec": "nonsense"}}, "nonsense"),
+        (({"claim": "role", "test": "head-role", "with": {"heads": ["9.9"], "role": "induction"}},), {}, "9.9"),
+        (({"claim": "role", "test": "head-role", "with": {"heads": ["0.0"], "role": "chef"}},), {}, "role 'chef'"),
+        ((HOLDS, EDIT), {}, "nowhere"),
+        ((HOLDS, UNIT), {}, "nowhere"),
+        ((HOLDS, SUMS), {}, "sums"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_before_anything_runs(
+    folder: Path, capsys, claims: tuple[Any, ...], fields: dict[str, Any], said: str
+):
+    code = run(["verify", written(folder, *claims, **fields)])
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err
+    assert code == (4 if said == "stale" else 2)
+    assert len(shown.err.strip().splitlines()) <= 1
+    if code == 2:
+        assert not Workspace(folder / "ws").database.there(), "nothing was registered"
+
+
 def test_a_file_from_a_recipe(folder: Path, capsys):
     recipe, out = folder / "less.json", folder / "less.yaml"
     model = load_model("addition-by-hand")
@@ -185,7 +227,7 @@ def test_a_file_from_a_recipe(folder: Path, capsys):
         str(recipe),
         "--out",
         str(out),
-        "--limit",
+        "--examples",
         "24",
     ]
     assert run([*said, "--least", "0.5", "--most", "20"]) == 0
