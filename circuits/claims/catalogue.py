@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from circuits.claims import (
-    against_chance,
-    frequencies,
-    roles,
-    specificity,
-    structure,
-    sufficiency,
-    unit_tests,
-)
-from circuits.claims.abstraction import alignment, interchange, scrubbing, specification
+from circuits.claims.abstraction.alignment import TESTS as ALIGNMENT
+from circuits.claims.abstraction.interchange import TESTS as INTERCHANGE
+from circuits.claims.abstraction.scrubbing import TESTS as SCRUBBING
+from circuits.claims.abstraction.specification import TESTS as SPECIFICATION
+from circuits.claims.against_chance import TESTS as AGAINST_CHANCE
+from circuits.claims.frequencies import TESTS as FREQUENCIES
+from circuits.claims.roles import TESTS as ROLES
 from circuits.claims.settings import ClaimTest
+from circuits.claims.specificity import TESTS as SPECIFICITY
+from circuits.claims.structure import TESTS as STRUCTURE
+from circuits.claims.sufficiency import TESTS as SUFFICIENCY
+from circuits.claims.unit_tests import TESTS as OF_UNITS
 
-_MODULES = (
-    sufficiency, against_chance, structure, specificity, roles, unit_tests, frequencies, interchange, alignment,
-    scrubbing, specification,
+_ALL = (
+    *SUFFICIENCY, *AGAINST_CHANCE, *STRUCTURE, *SPECIFICITY, *ROLES, *OF_UNITS, *FREQUENCIES, *INTERCHANGE, *ALIGNMENT,
+    *SCRUBBING, *SPECIFICATION,
 )  # fmt: skip
 
-TESTS: Mapping[str, ClaimTest] = {test.name: test for module in _MODULES for test in module.TESTS}
+TESTS: Mapping[str, ClaimTest] = {test.name: test for test in _ALL}
 """Every test, by name."""
 
 KINDS: Mapping[str, tuple[str, ...]] = {
