@@ -35,7 +35,7 @@ def loaded(code: str) -> set[str]:
     [
         ("import circuits", 1, (*HEAVY, "torch", "numpy")),
         ("import circuits.units", 10, HEAVY),
-        ("import circuits; circuits.load_model('shapes')", 83, (*HEAVY, "h5py")),
+        ("import circuits; circuits.load_model('shapes')", 84, (*HEAVY, "h5py")),
         ("from circuits.cli.main import run; assert run(['--help']) == 0", 12, (*HEAVY, "torch", "numpy")),
         ("from circuits.cli.main import run; assert run(['--version']) == 0", 12, (*HEAVY, "torch", "numpy")),
     ],

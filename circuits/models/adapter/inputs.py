@@ -33,7 +33,8 @@ class ImageInput:
         bgr: the model's channels are blue, green, red.
         resize: how a photograph is fitted: `stretch` it to the size; `crop` the middle after scaling its shorter
             side to the size; or `margin-crop`, as is usual for ImageNet: the shorter side is scaled to 256/224
-            of the size before the middle is cropped, so that a margin is lost on every side.
+            of the size before the middle is cropped, so that a margin is lost on every side. `margin-32` is the same
+            with a shorter side of 32 pixels more than the size, resampled bicubically, as for EfficientNet.
     """
 
     channels: int
@@ -43,7 +44,7 @@ class ImageInput:
     std: tuple[float, ...] = (1.0,)
     scale: float = 1.0
     bgr: bool = False
-    resize: Literal["stretch", "crop", "margin-crop"] = "crop"
+    resize: Literal["stretch", "crop", "margin-crop", "margin-32"] = "crop"
 
     axes: ClassVar[tuple[str, ...]] = ("batch", "unit", "y", "x")
     """The labels of its axes (`circuits.models.adapter.axes`)."""
@@ -101,11 +102,17 @@ class ImageInput:
     def fit(self, image: Image.Image) -> Image.Image:
         """Resize and crop a picture to the model's height and width."""
         size = (self.width, self.height)
-        if self.resize == "margin-crop":
+        if self.resize in ("margin-crop", "margin-32"):
             # Two steps, as in the usual evaluation transform of ImageNet: resize to whole pixels, then crop.
-            ratio = 256 / 224 * max(self.width / image.width, self.height / image.height)
+            wanted, how = (
+                (256 / 224 * self.width, 256 / 224 * self.height),
+                Image.Resampling.BILINEAR,
+            )
+            if self.resize == "margin-32":
+                wanted, how = (self.width + 32, self.height + 32), Image.Resampling.BICUBIC
+            ratio = max(wanted[0] / image.width, wanted[1] / image.height)
             large = (round(image.width * ratio), round(image.height * ratio))
-            image = image.resize(large, Image.Resampling.BILINEAR)
+            image = image.resize(large, how)
             left, top = (large[0] - self.width) // 2, (large[1] - self.height) // 2
             return image.crop((left, top, left + self.width, top + self.height))
         if self.resize == "crop":

@@ -21,6 +21,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.adapter.tokenizing import by_merges
 from circuits.models.zoo.declarations import declared_attention
+from circuits.models.zoo.efficientnet import VARIANTS, EfficientNetLite, folded, stream_names
 from circuits.models.zoo.inception import googlenet, shapes
 from circuits.models.zoo.packages import (
     IMAGENET_MEAN,
@@ -45,6 +46,7 @@ from circuits.models.zoo.weights_files import (
     asset,
     find_weights,
     load_weights,
+    packaged_weights,
     parse_weights,
     read_baked,
     read_weights,
@@ -93,6 +95,7 @@ class ModelEntry:
             "addition",
             "induction-by-hand",
             "addition-by-hand",
+            "efficientnet-lite0",
         )
 
 
@@ -419,11 +422,29 @@ def _googlenet_key(key: str) -> str:
 
 
 def _imagenet_classes() -> tuple[str, ...]:
-    """The names of ImageNet's 1000 classes from the assets folder; numbers if the file is not there."""
-    path = asset("images/imagenet500_labels.json")
-    if path is None:
-        return tuple(f"class {i}" for i in range(1000))
-    return tuple(c["name"] for c in read_json(path)["classes"])
+    """The names of ImageNet's 1000 classes, as torchvision lists them."""
+    return tuple((BUILTIN / "imagenet_classes.txt").read_text(encoding="utf-8").split("\n")[:1000])
+
+
+def _efficient(name: str, weights: Weights) -> HookedModel:
+    variant = VARIANTS[name]
+    path = weights or packaged_weights(name)
+    tensors = {} if isinstance(path, Untrained) else read_weights(path)
+    n_classes = len(tensors["_fc.weight"]) if "_fc.weight" in tensors else 1000
+    module = EfficientNetLite(variant, n_classes)
+    if tensors:
+        source = repr(str(path))
+        try:
+            converted = folded(tensors, name)
+        except KeyError as error:
+            raise ValueError(f"weights {source} lack the tensor {error.args[0]!r}") from error
+        except ValueError as error:
+            raise ValueError(f"weights {source} {error}") from error
+        load_weights(module.state_dict(), converted, source)
+    # As in training: (x - 127) / 128 of bytes, from a photograph whose shorter side is 32 pixels more than the input's.
+    spec = ImageInput(3, variant.size, variant.size, (127.0,), (128.0,), 255.0, False, "margin-32")
+    classes = _imagenet_classes() if n_classes == 1000 else ()
+    return HookedModel(module, spec, name, stream_names(variant), classes=classes)
 
 
 CIFAR_CLASSES = (
@@ -520,6 +541,11 @@ MODELS: dict[str, ModelEntry] = {
         ModelEntry("addition", "1-layer transformer that learned addition mod 113", _addition),
         ModelEntry("induction-by-hand", "the same algorithm with weights written by hand", _induction_by_hand),
         ModelEntry("addition-by-hand", "addition mod 113 with five frequencies, written by hand", _addition_by_hand),
+        ModelEntry("efficientnet-lite0", "EfficientNet-Lite0, ImageNet, 4.7 million weights", _efficient),
+        *(
+            ModelEntry(f"efficientnet-lite{i}", f"EfficientNet-Lite{i}, ImageNet; needs its weights", _efficient)
+            for i in range(1, 5)
+        ),
         ModelEntry("googlenet", "GoogLeNet (BVLC), ImageNet; needs its weights file", _googlenet),
         ModelEntry("cifar10-resnet20", "ResNet-20, CIFAR-10; needs its weights file", _cifar10_resnet20),
         ModelEntry("stories260k", "Llama-style language model, 5 layers; needs its weights file", _stories260k),

