@@ -154,13 +154,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=5, help="rounds")
     parser.add_argument("--examples", type=int, default=500)
-    parser.add_argument("--only", help="googlenet, shapes, transformer, small or write")
+    parser.add_argument("--only", help="googlenet, shapes, efficientnet-lite0, transformer, small or write")
     args = parser.parse_args()
     wanted = [args.only] if args.only else ["googlenet", "transformer", "write"]
     for what in wanted:
         if what == "googlenet" and not os.environ.get("CIRCUITS_ASSETS"):
             print("googlenet: left out, CIRCUITS_ASSETS names no folder with its weights")
-        elif what in ("googlenet", "shapes"):
+        elif what in ("googlenet", "shapes", "efficientnet-lite0"):
             model = load_model(what)
             overhead(what, model, decoded(model, args.examples), args.n)
         elif what == "transformer":

@@ -61,6 +61,10 @@ class Site:
         shape: the tensor's shape for one example (without the batch axis), as traced.
         aliases: other names for the same site.
         module: class name of the module that computes it, e.g. `Conv2d`.
+        ceiling: what activations cannot exceed, e.g. 6 after ReLU6; None without such a limit.
+        floor: what they cannot fall below, if they have a ceiling.
+        before: the site of what that function is given, if they have a ceiling: it has the same units at the same
+            positions, and tells apart what is equal at the ceiling.
     """
 
     name: str
@@ -70,6 +74,9 @@ class Site:
     shape: tuple[int, ...]
     aliases: tuple[str, ...] = ()
     module: str = ""
+    ceiling: float | None = None
+    floor: float | None = None
+    before: str = ""
 
     def __post_init__(self) -> None:
         check_site_name(self.name)
@@ -94,6 +101,13 @@ class Site:
     def position_shape(self) -> tuple[int, ...]:
         """The lengths of `position_axes`, as traced."""
         return tuple(self.shape[i - 1] for i in self._places)
+
+    def without_ceiling(self, before: Tensor) -> Tensor:
+        """What the site would hold if there were no ceiling, from the tensor of the site `before`.
+
+        Where a function cuts off at 6, activations of 6 cannot be compared; these are 6 or more.
+        """
+        return before if self.floor is None else before.clamp(min=self.floor)
 
     # --- layout: every method takes tensors of any batch and any number of positions -------------
 

@@ -15,11 +15,12 @@ def statistics_panel(look: Look, store: ActivationStore) -> None:
     """How active the unit is over the dataset."""
     s, p = store.statistics(look.unit), store.provenance
     st.subheader("How active it is")
+    ceiling = "" if s.saturated is None else f", at its ceiling at {100 * s.saturated:.3g} %"
     show(histogram_figure(s), "histogram")
     st.caption(
         f"{len(p.examples)} examples of {plain(p.data)}: mean {s.mean:.3g}, standard deviation {s.std:.3g}, "
         f"skewness {s.skewness:.3g}, largest {s.maximum:.3g}, above zero at {100 * s.density:.3g} % of "
-        f"positions. The outer bars hold all beyond."
+        f"positions{ceiling}. The outer bars hold all beyond."
     )
     notes = []
     if s.looked_at < s.count:

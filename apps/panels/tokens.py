@@ -65,9 +65,7 @@ def _marked(
             f"{html.escape(word).replace(chr(10), '⏎')}</span>"
         )
     text = gap.join(parts)
-    return (
-        f"<div style='font-family:monospace;line-height:1.7'>{example.value:.3g}&emsp;{text}</div>"
-    )
+    return f"<div style='font-family:monospace;line-height:1.7'>{example}&emsp;{text}</div>"
 
 
 @part

@@ -115,7 +115,9 @@ def attribute(
     else:
         passes = Passes(model, inputs, goal, place, batch, size="keep")
         made = _from_baseline(passes, method, baseline, steps, tolerance, progress)
-    made = replace(made, seed=seed, examples=given.describe())
+    by_gradient = method in ("activation_x_gradient", "integrated_gradients")
+    ceiling = goal.ceiling(model) if by_gradient else None
+    made = replace(made, seed=seed, examples=given.describe(), ceiling=ceiling)
     if not check:
         return made
     few = inputs[:_CHECKED]

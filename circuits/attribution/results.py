@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +65,8 @@ class Attribution:
         examples: which examples, and how they were chosen (see `Examples.describe`).
         seed: seed of everything random.
         check: the agreement with ablation.
+        ceiling: what the target cannot exceed, if its site has a ceiling and the method takes gradients, which vanish
+            there.
     """
 
     method: str
@@ -84,6 +86,20 @@ class Attribution:
     examples: Mapping[str, Any]
     seed: int
     check: AblationCheck | None = None
+    ceiling: float | None = None
+
+    @property
+    def saturated(self) -> int:
+        """On how many examples the target is at its ceiling, so that its gradients vanish and credit is 0."""
+        return 0 if self.ceiling is None else int((self.target_values >= self.ceiling).sum())
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with it, in lines."""
+        if n := self.saturated:
+            yield (
+                f"target {self.target} is at its ceiling of {self.ceiling:g} on {n} of {len(self.target_values)} "
+                "examples, where gradients vanish: name the unit before the ceiling"
+            )
 
     @property
     def layout(self) -> Site:
@@ -138,6 +154,9 @@ class Attribution:
         found = {"sum": float(self.values[example].sum()), "largest at (y, x)": f"{y}, {x}"}
         if self.residual is not None:
             found["residual"] = float(self.residual[example])
+        if self.saturated and self.ceiling is not None:
+            at = float(self.target_values[example]) >= self.ceiling
+            found["target at its ceiling"] = "yes" if at else "no"
         return found | {part: float(value[example]) for part, value in self.parts.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,6 +175,8 @@ class Attribution:
             "parts": {k: v.tolist() for k, v in self.parts.items()},
             "settings": dict(self.settings),
             "check": None if self.check is None else asdict(self.check),
+            "ceiling": self.ceiling,
+            "saturated": self.saturated,
         }
 
     def save(self, path: str | Path) -> None:
@@ -187,6 +208,7 @@ class Attribution:
         try:
             raw = read_json(place.with_suffix(".json"))
             check = raw.pop("check")
+            raw.pop("saturated", None)
             if check is not None:
                 nan = float("nan")
                 each = tuple(nan if v is None else v for v in check["by_example"])

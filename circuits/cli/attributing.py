@@ -156,6 +156,7 @@ def _tables(
             f"rank correlation with ablation ({check.n_units} units, {len(check.by_example)} examples): "
             f"{check.correlation:.2f} (by chance up to {check.chance:.2f}, seed {made.seed})"
         )
+    yield from made.problems()
     if split is not None:
         yield from (split.table(i, name) for i, name in enumerate(chosen.names[:SHOWN]))
 

@@ -54,7 +54,7 @@ class NaturalResponses:
         examples: which images, and how they were chosen (see `Examples.describe`).
         site: the site whose units have pictures.
         layers: the sites before it that are compared.
-        maximum: the largest activation, per image and unit.
+        maximum: the largest activation, per image and unit; of a site with a ceiling, that of the site before it.
         places: its position, per image and unit: y and x as shares of the map's height and width.
         reach: half the side of the compared window, as a share of the input's height and width.
         maps: the activations of each layer, image x unit x y x x, at most `MAP` positions along an axis.
@@ -105,7 +105,8 @@ class _LayerMaps:
 
 
 def _read(model: HookedModel, site: Site, layers: Sequence[Site], inputs: Tensor) -> _LayerMaps:
-    cache = model.run(inputs, read=[*layers, site], until=site)
+    read = model.before_ceiling(site)
+    cache = model.run(inputs, read=[*layers, read], until=site)
     maps = {}
     for layer in layers:
         value = cache[layer].float()
@@ -113,10 +114,10 @@ def _read(model: HookedModel, site: Site, layers: Sequence[Site], inputs: Tensor
         maps[layer.name] = (
             value if small == value.shape[-2:] else F.adaptive_avg_pool2d(value, small)
         )
-    units = site.activations(cache[site]).float()
+    units = read.activations(cache[read]).float()
     # Sites without a map (logits) count as one row of positions, so that one formula for places serves both.
     mapped = site.position_axes == ("y", "x")
-    height, width = site.positions_of(cache[site]) if mapped else (1, units.shape[2])
+    height, width = site.positions_of(cache[read]) if mapped else (1, units.shape[2])
     return _LayerMaps(units, (height, width), maps)
 
 

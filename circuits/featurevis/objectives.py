@@ -140,14 +140,16 @@ def _mean_over_positions(values: Float[Tensor, "batch *position"]) -> Float[Tens
 
 
 def channel(model: HookedModel, unit: str | Unit) -> Objective:
-    """A unit's mean activation over positions.
+    """A unit's mean activation over positions; at a site with a ceiling (after ReLU6), that before the ceiling.
+
+    Above the ceiling there is no gradient, and everything counts the same.
 
     Raises:
         KeyError: if its site is unknown.
         ValueError: if the site has no such unit.
     """
     found = model.unit(unit)
-    site = model.site(found.site)
+    site = model.before_ceiling(found.site)
     return Objective(
         str(found),
         (site.name,),
@@ -185,14 +187,14 @@ def _check_position(site: Site, position: Sequence[int] | None) -> None:
 def neuron(
     model: HookedModel, unit: str | Unit, position: Sequence[int] | None = None
 ) -> Objective:
-    """A unit's activation at one position (y, x); the middle if none is given.
+    """A unit's activation at one position (y, x), before a ceiling if its site has one; the middle if none is given.
 
     Raises:
         KeyError: if its site is unknown.
         ValueError: if the site has no such unit, or the position does not fit it.
     """
     found = model.unit(unit)
-    site = model.site(found.site)
+    site = model.before_ceiling(found.site)
     _check_position(site, position)
     where = "" if position is None else f" at {tuple(position)}"
     return Objective(
@@ -256,7 +258,7 @@ def _site_and_vector(
         raise ValueError(
             f"direction in {site.name} has {len(direction.vector)} weights: expected {site.n_units}"
         )
-    return site, direction.vector
+    return model.before_ceiling(site), direction.vector
 
 
 def direction(
@@ -331,15 +333,19 @@ def spatial_direction(
 def deepdream(model: HookedModel, site: str) -> Objective:
     """The mean square of a site's activations, which amplifies whatever is there (Mordvintsev et al. 2015).
 
+    At a site with a ceiling (after ReLU6), it is that of activations without the ceiling.
+
     Raises:
         KeyError: if the site is unknown.
     """
     found = model.site(site)
-    return Objective(
-        f"deepdream {found.name}",
-        (found.name,),
-        lambda r: r.activations[found.name].flatten(1).square().mean(1),
-    )
+    read = model.before_ceiling(found)
+
+    def value(r: Response) -> Tensor:
+        own = r.activations[read.name]
+        return (own if read == found else found.without_ceiling(own)).flatten(1).square().mean(1)
+
+    return Objective(f"deepdream {found.name}", (read.name,), value)
 
 
 def interpolation(model: HookedModel, first: str | Unit, last: str | Unit) -> Objective:

@@ -100,6 +100,8 @@ class Observer:
         if not (np.isfinite(found.total).all() and np.isfinite(found.square).all()):
             found = self._without_nonfinite(x, axis)
         self._add(found, rows)
+        if self.site.ceiling is not None:
+            self._s.saturated[:] += (x >= self.site.ceiling).sum((0, axis)).cpu().numpy()
         self._relocate(value, rows)
         self._look(x, axis, examples)
 

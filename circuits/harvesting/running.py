@@ -78,7 +78,8 @@ def harvest(
     Args:
         model: the model.
         source: the data.
-        sites: names of the sites whose summaries are kept.
+        sites: names of the sites whose summaries are kept. Of a site with a ceiling (after ReLU6), the site before it
+            is kept too, which puts in order the examples that are equal at the ceiling.
         workspace: the workspace for the store.
         record: how the model is loaded, for the app; by default its name.
         batch: examples in a forward pass; by default as many as `memory` allows, up to `LARGEST_BATCH`. Results do
@@ -187,8 +188,9 @@ def _provenance(
 
 
 def _chosen(model: HookedModel, names: Sequence[str]) -> list[Site]:
-    """The sites to record, each once."""
-    chosen = list(dict.fromkeys(model.site(name) for name in names))
+    """The sites to record, each once, with those that tell apart what is equal at a site's ceiling."""
+    asked = [model.site(name) for name in names]
+    chosen = list(dict.fromkeys(s for site in asked for s in (site, model.before_ceiling(site))))
     if not chosen:
         raise ValueError("sites is empty: expected at least one site")
     if model.edited:

@@ -118,7 +118,7 @@ def saliency_map(
     return Attribution(
         method, INPUT, place.axes, 1, values.detach().contiguous(), str(goal), tuple(passes.aim.names()),
         passes.values, residual, {}, str(settings.get("blank", "")), settings, model.name, model.hash,
-        given.describe(), seed,
+        given.describe(), seed, ceiling=goal.ceiling(model),
     )  # fmt: skip
 
 

@@ -51,12 +51,23 @@ class Example:
         name: its name.
         value: the unit's largest activation on it.
         position: where that is: (y, x), (position,), or () for a site without positions.
+        before: what the function with the ceiling was given there, at a site with a ceiling (`Site.ceiling`).
     """
 
     index: int
     name: str
     value: float
     position: tuple[int, ...]
+    before: float | None = None
+
+    def __str__(self) -> str:
+        """The activation, with what it would be without the ceiling if it is at one.
+
+        >>> str(Example(0, "dog", 6.0, (), 9.71)), str(Example(0, "cat", 5.2, (), 5.2))
+        ('6 (9.71 before the ceiling)', '5.2')
+        """
+        above = self.before is not None and self.before > self.value
+        return f"{self.value:.3g}" + (f" ({self.before:.3g} before the ceiling)" if above else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +88,7 @@ class UnitStatistics:
         histogram: counts below the first edge, between the edges and above the last one; of a random sample of each
             example's positions if `looked_at` is less than `count`.
         tail: the exponential that fits the largest activations.
+        saturated: the share of activations at the site's ceiling (`Site.ceiling`); None if it has none.
     """
 
     mean: float
@@ -91,6 +103,7 @@ class UnitStatistics:
     edges: Float[np.ndarray, " edge"]
     histogram: Int[np.ndarray, " bin"]
     tail: TailFit
+    saturated: float | None = None
 
     @property
     def looked_at(self) -> int:
@@ -201,11 +214,21 @@ class ActivationStore:
             depth += ", covariance" * (site.name in p.depth.covariance)
             s = self.summary(site.name)
             best, density = float(np.fmax.reduce(s.maximum, axis=None)), float(s.density().mean())
-            rows.append((site.name, site.n_units, depth, best, density))
+            full = "" if site.ceiling is None else float(s.saturation().mean())
+            rows.append((site.name, site.n_units, depth, best, density, full))
         bad = len(self.skipped)
         less = f", without {bad} that could not be read" if bad else ""
         yield f"{len(p.examples) - bad} examples of {p.data}{less}, in {self.folder}"
-        yield Table(("site", "units", "kept", "largest activation", "mean share above 0"), rows)
+        columns = (
+            "site",
+            "units",
+            "kept",
+            "largest activation",
+            "mean share above 0",
+            "mean share at the ceiling",
+        )
+        width = len(columns) - all(row[-1] == "" for row in rows)
+        yield Table(columns[:width], [row[:width] for row in rows])
 
     @classmethod
     def open(
@@ -312,6 +335,8 @@ class ActivationStore:
         """A field of the summaries as the file has it, which is checked to be of all units and examples."""
         units = sum(site.n_units for site in self.provenance.stored)
         shape: tuple[int, ...] = (units,)
+        if name == "saturated" and f"summary/{name}" not in file:
+            return np.zeros(units, np.int64)  # made when sites had no ceilings
         if name in PER_EXAMPLE:
             shape = (units, len(self.provenance.examples))
         elif name in ("histogram", "powers"):
@@ -350,27 +375,41 @@ class ActivationStore:
             edges=bins,
             histogram=histogram,
             tail=fit_tail(bins, histogram),
+            saturated=None if self.sites[unit.site].ceiling is None else float(s.saturation()[0]),
         )
 
     def _strengths(self, unit: Unit) -> tuple[Site, np.ndarray, np.ndarray]:
-        """A unit's largest activation on each example, and its flattened position."""
+        """A unit's largest activation on each example, and its flattened position.
+
+        At a site with a ceiling these are what they would be without it, if the site before it was recorded.
+        """
         # Two rows of the file, read by themselves: a page on a unit needs none of its other statistics.
-        place = self._place(unit)
+        site = self._site(unit.site)
+        open_above = site.before in self.sites
+        place = self._place(Unit(site.before, unit.index) if open_above else unit)
         with self._statistics() as file:
             values, places = (self._kept(file, name)[place] for name in ("maximum", "argmax"))
-        return self.sites[unit.site], values, places
+        if open_above and site.floor is not None:
+            values = np.maximum(values, np.float32(site.floor))  # NaN stays
+        return site, values, places
 
     def largest(self, unit: Unit) -> Float[np.ndarray, " example"]:
         """A unit's largest activation on each example; NaN where none is finite.
+
+        At a site with a ceiling no number is above it.
 
         Raises:
             KeyError: if its site was not recorded.
             ValueError: if the site has no such unit.
         """
-        return self._strengths(unit)[1]
+        site, values, _ = self._strengths(unit)
+        return values if site.ceiling is None else np.minimum(values, np.float32(site.ceiling))
 
     def top_examples(self, unit: Unit, k: int = 9) -> list[Example]:
         """The examples on which a unit's largest activation is largest, strongest first.
+
+        Many examples can be equal at the ceiling of a site; what the function with the ceiling was given puts them in
+        order, if the site before it was recorded, as `harvest` does.
 
         Args:
             unit: the unit.
@@ -427,7 +466,10 @@ class ActivationStore:
     def _example(self, site: Site, row: int, values: np.ndarray, places: np.ndarray) -> Example:
         shape = site.position_shape
         position = tuple(int(p) for p in np.unravel_index(places[row], shape)) if shape else ()
-        return Example(row, self.provenance.examples[row], float(values[row]), position)
+        name, value = self.provenance.examples[row], float(values[row])
+        if site.ceiling is None:
+            return Example(row, name, value, position)
+        return Example(row, name, min(value, site.ceiling), position, value)
 
     # --- whole activations, covariance -----------------------------------------------------------
 

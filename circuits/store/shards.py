@@ -458,7 +458,7 @@ def _complete(file: Any, provenance: Provenance) -> bool:
     """Whether a shard holds everything that it should: each check is for what is written last in a group."""
     depth = provenance.depth
     return (
-        "powers" in file["summary"]
+        "saturated" in file["summary"]
         and all("activations" in file[f"full/{site}"] for site in provenance.kept(depth.full))
         and all("count" in file[f"covariance/{s}"] for s in provenance.kept(depth.covariance))
     )

@@ -101,7 +101,7 @@ class Spectrum:
         s = self.statistics
         keys = (
             "mean", "std", "skewness", "kurtosis", "minimum", "maximum", "density", "count", "nonfinite",
-            "looked_at",
+            "looked_at", "saturated",
         )  # fmt: skip
         return {
             "unit": str(self.unit), "data": self.data, "model_hash": self.model_hash, "seed": self.seed,
@@ -117,7 +117,10 @@ class Spectrum:
                     "density_below": self.density_below(b), "contribution": b.contribution,
                     "n_examples": b.n_examples,
                     "examples": [
-                        {"index": e.index, "name": e.name, "value": e.value, "position": list(e.position)}
+                        {
+                            "index": e.index, "name": e.name, "value": e.value, "position": list(e.position),
+                            "before": e.before,
+                        }
                         for e in b.examples
                     ],
                 }
@@ -130,7 +133,7 @@ class Spectrum:
         rows = [
             (
                 f"{b.low:.3g} to {b.high:.3g}", *self._measured(b), b.n_examples,
-                "\n".join(f"{e.value:.3g}  {texts.get(e.index, e.name)}" for e in b.examples),
+                "\n".join(f"{e}  {texts.get(e.index, e.name)}" for e in b.examples),
             )
             for b in reversed(self.bins)
         ]  # fmt: skip
@@ -141,6 +144,8 @@ class Spectrum:
             f"tail falls by exp(-{s.tail.rate:.3g} x), distance {s.tail.distance:.3f}; "
             f"{self.above_two:.0%} of the positive mean is above two std"
         )
+        if s.saturated is not None:
+            note += f"; at the ceiling {100 * s.saturated:.3g} %"
         if any(not b.density for b in self.bins) and self.sampled:
             note += f"; <: below 3 in the {s.looked_at:,} positions drawn, of which none is in the range (95 %)"
         columns = (

@@ -35,6 +35,7 @@ class Summary:
         high: the last edge; `BINS` equal bins lie between.
         histogram: counts below, between and above the edges, of a sample of positions.
         powers: sums of (activation - center) to the powers 1, 2, 3 and 4 over the same sample.
+        saturated: the number of activations at the site's ceiling, if it has one.
     """
 
     maximum: Float[np.ndarray, "example unit"]
@@ -51,6 +52,7 @@ class Summary:
     high: Float[np.ndarray, " unit"]
     histogram: Int[np.ndarray, "unit bin"]
     powers: Float[np.ndarray, "power unit"]
+    saturated: Int[np.ndarray, " unit"]
 
     @classmethod
     def empty(cls, n_examples: int, fixed: Mapping[str, np.ndarray]) -> Summary:
@@ -68,6 +70,7 @@ class Summary:
             nonfinite=np.zeros(units, np.int64),
             histogram=np.zeros((units, BINS + 2), np.int64),
             powers=np.zeros((4, units)),
+            saturated=np.zeros(units, np.int64),
             **{name: fixed[name] for name in FIXED},
         )
 
@@ -79,6 +82,10 @@ class Summary:
     def density(self) -> Float[np.ndarray, " unit"]:
         """The share of finite activations above zero; NaN where there is none."""
         return _ratio(self.positive, self.count)
+
+    def saturation(self) -> Float[np.ndarray, " unit"]:
+        """The share of finite activations at the site's ceiling; NaN where none is finite."""
+        return _ratio(self.saturated, self.count)
 
     def moments(self) -> tuple[Float[np.ndarray, " unit"], Float[np.ndarray, " unit"]]:
         """Mean and standard deviation over examples and positions; NaN where none is finite."""
@@ -94,7 +101,7 @@ LAST = ("maximum", "argmax", "mean", "powers")
 PER_EXAMPLE = ("maximum", "argmax", "mean")
 """The fields of a summary with a row for each example."""
 
-WHOLE = ("argmax", "positive", "count", "nonfinite", "histogram")
+WHOLE = ("argmax", "positive", "count", "nonfinite", "histogram", "saturated")
 """The fields of a summary that hold whole numbers."""
 
 FIXED = ("center", "low", "high")

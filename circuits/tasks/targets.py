@@ -57,6 +57,11 @@ class Target:
         at = self.at[some] if each and self.at else self.at
         return replace(self, index=index, at=at, against=against)  # type: ignore[arg-type]
 
+    def ceiling(self, model: HookedModel) -> float | None:
+        """What it cannot exceed, as after ReLU6; None without such a limit."""
+        plain = self.quantity == "activation" and self.against is None
+        return model.site(self.site).ceiling if plain else None
+
     def __str__(self) -> str:
         which = "top" if self.index is None else self.index
         if isinstance(which, tuple):

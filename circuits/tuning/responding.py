@@ -59,6 +59,9 @@ def responses(
 ) -> Float[Tensor, "image unit"]:
     """Measure the largest activation of each unit of a site on each image.
 
+    At a site with a ceiling (after ReLU6), it is what it would be without the ceiling, which would cut off the peaks of
+    tuning curves.
+
     Args:
         model: a model of images with 1 or 3 channels.
         site: the site of the units.
@@ -72,6 +75,7 @@ def responses(
         ValueError: if the model takes no such images.
     """
     place, spec = model.site(site), taking_photographs(model)
+    read = model.before_ceiling(place)
     found: list[Tensor] = []
     done = 0
     for some in images:
@@ -82,7 +86,9 @@ def responses(
                 own = _framed(own, spec)
             # Channels last: convolutions on a CPU are faster in this layout.
             x = spec.normalize(own).contiguous(memory_format=torch.channels_last)
-            value = model.run(x, read=[place], until=place)[place]
+            value = model.run(x, read=[read], until=read)[read]
+            if read != place:
+                value = place.without_ceiling(value)
             largest = at_least_single(_largest(place, value, central))
             check_finite(model, largest, x, names=range(done, done + len(part)))
             found.append(largest.cpu())

@@ -21,6 +21,27 @@ def short_name(op: Operation) -> str:
     return op.name.removesuffix(".__get__").rpartition(".")[2]
 
 
+def limits_of(op: Operation) -> tuple[float | None, float] | None:
+    """The smallest and largest number that a function puts out which leaves the numbers in between as they are.
+
+    None for functions without a largest one, and for those that change the numbers in between.
+    """
+    name = short_name(op).removesuffix("_")
+    if name == "relu6":
+        return 0.0, 6.0
+    if name == "hardtanh":
+        low, high = op.argument(1, "min_val", -1.0), op.argument(2, "max_val", 1.0)
+    elif name in ("clamp", "clip"):
+        low, high = op.argument(1, "min"), op.argument(2, "max")
+    elif name == "clamp_max":
+        low, high = None, op.argument(1, "max")
+    else:
+        return None
+    if not isinstance(high, int | float) or not isinstance(low, int | float | None):
+        return None
+    return None if low is None else float(low), float(high)
+
+
 @dataclass(frozen=True)
 class Product:
     """A sum of products over axes that two tensors share, such as a matrix product, as an einsum.

@@ -297,6 +297,17 @@ class HookedModel:
         parsed = Unit.parse(unit) if isinstance(unit, str) else unit
         return self.site(parsed.site).unit(parsed.index)
 
+    def before_ceiling(self, site: str | Site) -> Site:
+        """The site whose activations tell apart what is equal at a site's ceiling; the site itself if it has none.
+
+        Its units and positions are the same: for a ReLU6 it is what the ReLU6 is given.
+
+        Raises:
+            KeyError: if the site is unknown.
+        """
+        found = self.site(site)
+        return self._by_name.get(found.before, found)
+
     def last(self, names: Iterable[str | Site]) -> Site:
         """The site among `names` that is computed last."""
         order = {site.name: i for i, site in enumerate(self.sites)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -19,7 +19,7 @@ from circuits.models.adapter.attention import Batches, Found, find_attention
 from circuits.models.adapter.axes import UNIT, UNKNOWN, Labels, follow_axes, unit_axis
 from circuits.models.adapter.calling import naming_model
 from circuits.models.adapter.declaring import Declared
-from circuits.models.adapter.flow import Flow
+from circuits.models.adapter.flow import Flow, limits_of
 from circuits.models.adapter.head_sites import (
     Points,
     checked,
@@ -244,8 +244,9 @@ def trace_model(
         raise ValueError(f"axes: {unknown('site', next(iter(asked)), [*found, *unplaced]).args[0]}")
     if not found:
         raise _without_sites(module, unplaced)
+    values = {t.name: t.notes[1] for t in traces if t.notes[1] is not None}
     return TracedModel(
-        list(found.values()),
+        [(_with_ceiling(site, values, first.program, found), tap) for site, tap in found.values()],
         unplaced,
         left_out,
         second.program,
@@ -254,6 +255,24 @@ def trace_model(
         transformer,
         head_weights,
     )
+
+
+def _with_ceiling(
+    site: Site, values: Mapping[str, Value], program: Program, known: Container[str]
+) -> Site:
+    """The site with its ceiling, if a function such as ReLU6 made it of another site's tensor."""
+    value = values.get(site.name)
+    made = next((op for op in program.operations if value in op.outputs), None)
+    limits = None if made is None else limits_of(made)
+    if made is None or limits is None or len(made.inputs) != 1:
+        return site
+    (given,) = made.inputs
+    # The last that shows it: a module inside another one may put out the same tensor.
+    before = [n for n, v in values.items() if v == given and n in known and n != site.name]
+    if not before or program.shapes[given] != program.shapes[made.outputs[0]]:
+        return site
+    floor, ceiling = limits
+    return replace(site, floor=floor, ceiling=ceiling, before=before[-1])
 
 
 def _named(module: nn.Module) -> Named:
