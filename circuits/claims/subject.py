@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from circuits.claims.claim import CircuitSpec, ClaimFile, TaskSpec
-from circuits.claims.evidence import Mean, Ratio
+from circuits.claims.evidence import Mean, Ratio, is_clear
 from circuits.claims.parts import ABLATIONS, Ablation, EdgeParts, Mask, Parts, UnitParts
 from circuits.claims.verdicts import Measured
 from circuits.discovery import edge_graph, edges_of
@@ -167,9 +167,8 @@ class Subject:
         ablation: Ablation | None = None,
     ) -> tuple[Values, Values]:
         """The metric without any part, m(0), and with all, m(N), on each example."""
-        parts, _ = self.circuit
-        n = len(parts.names)
-        none, full = np.zeros(n, bool), np.ones(n, bool)
+        _, kept = self.circuit
+        none, full = np.zeros_like(kept), np.ones_like(kept)
         empty, whole = self.values([none, full], task=task, metric=metric, ablation=ablation)
         return empty, whole
 
@@ -191,12 +190,12 @@ class Subject:
         task = task or self.test
         empty, whole = self.ends(task, ablation=ablation)
         effect = Mean(whole - empty, task.clusters)
-        low, high = effect.interval(level)
-        if low > 0 or high < 0:
+        if is_clear(effect, level):
             return ""
         return (
             f"the model's own effect on {task.name}, {effect.value:.3g} {task.metric.unit or task.metric.name} "
-            f"(interval {between(low, high)}), cannot be told from 0 under {ablation or self.ablation} ablation"
+            f"(interval {between(*effect.interval(level))}), cannot be told from 0 under {ablation or self.ablation} "
+            "ablation"
         )
 
     def cannot(self, why: str) -> Measured:

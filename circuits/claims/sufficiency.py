@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from circuits.claims.claim import TaskSpec
-from circuits.claims.evidence import Loss, Mean, Region, Share
+from circuits.claims.evidence import Loss, Mean, Region, Share, is_clear
 from circuits.claims.hypotheses import blind_below, hsic_p, shi_equivalence_p
 from circuits.claims.parts import ABLATIONS
 from circuits.claims.settings import ClaimTest, Parameter, Settings
@@ -139,8 +139,7 @@ def accuracy_kept(subject: Subject, settings: Settings, level: Level) -> Measure
         return subject.cannot(why)
     _, kept = subject.circuit
     empty, whole = subject.ends(metric=accuracy)
-    low, high = Mean(whole - empty, subject.test.clusters).interval(level.each)
-    if not (low > 0 or high < 0):
+    if not is_clear(Mean(whole - empty, subject.test.clusters), level.each):
         return subject.cannot(
             "the model is right no more often than with every part ablated: there is nothing to lose"
         )
