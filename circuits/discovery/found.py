@@ -111,7 +111,7 @@ def circuit_graph(
         "made": {
             "by": "discover", "grain": graph.grain, "graph": dict(graph.choices), "task": task.name,
             "task_hash": task.hash, "examples": len(task) if task.half == "all" else 0,
-            "found_on": [find.examples.identity(i) for i in range(len(find))],
+            "found_on": find.examples.identities,
             "metric": scores.metric, "method": scores.method,
             "settings": dict(scores.settings), **how, "seed": scores.record.seed,
             "edges": [list(graph.edges[e]) for e in edges],
