@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from circuits.claims.parts import Ablation
 from circuits.claims.verdicts import ALPHA, Expected
 
 
@@ -80,6 +81,11 @@ class Claim:
     why: str = ""
     circuit: CircuitSpec | None = None
 
+    @property
+    def settings_line(self) -> str:
+        """The settings in one line: `least 0.9, most 1.1`."""
+        return ", ".join(f"{name} {value}" for name, value in self.settings.items())
+
 
 @dataclass(frozen=True)
 class ClaimFile:
@@ -107,7 +113,7 @@ class ClaimFile:
     claims: tuple[Claim, ...]
     task: TaskSpec = field(default_factory=TaskSpec)
     circuit: CircuitSpec = field(default_factory=CircuitSpec)
-    ablation: str = "counterpart"
+    ablation: Ablation = "counterpart"
     shift: int = 0
     roles: Mapping[str, str] = field(default_factory=dict)
     about: str = ""

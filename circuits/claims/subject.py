@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from circuits.claims.claim import CircuitSpec, ClaimFile, TaskSpec
-from circuits.claims.evidence import Mean, Ratio
+from circuits.claims.evidence import Mean, Ratio, is_clear
 from circuits.claims.parts import ABLATIONS, Ablation, EdgeParts, Mask, Parts, UnitParts
 from circuits.claims.verdicts import Measured
 from circuits.discovery import edge_graph, edges_of
@@ -82,7 +82,7 @@ class Subject:
             ValueError: if hardly any are left.
         """
         half = self.task.test
-        new = [i for i in range(len(half)) if half.examples.identity(i) not in self.seen]
+        new = unseen(half, self.seen)
         if len(new) == len(half):
             return half
         if len(new) < LEAST:
@@ -99,8 +99,7 @@ class Subject:
         seen = set(made.get("found_on", ()))
         if made.get("examples"):
             spec = TaskSpec(str(made["task"]), int(made["examples"]), int(made.get("seed", 0)))
-            before = load_claims_task(self.model, spec).examples
-            seen |= {before.identity(i) for i in range(len(before))}
+            seen |= {*load_claims_task(self.model, spec).examples.identities}
         return frozenset(seen)
 
     @property
@@ -167,9 +166,8 @@ class Subject:
         ablation: Ablation | None = None,
     ) -> tuple[Values, Values]:
         """The metric without any part, m(0), and with all, m(N), on each example."""
-        parts, _ = self.circuit
-        n = len(parts.names)
-        none, full = np.zeros(n, bool), np.ones(n, bool)
+        _, kept = self.circuit
+        none, full = np.zeros_like(kept), np.ones_like(kept)
         empty, whole = self.values([none, full], task=task, metric=metric, ablation=ablation)
         return empty, whole
 
@@ -191,12 +189,12 @@ class Subject:
         task = task or self.test
         empty, whole = self.ends(task, ablation=ablation)
         effect = Mean(whole - empty, task.clusters)
-        low, high = effect.interval(level)
-        if low > 0 or high < 0:
+        if is_clear(effect, level):
             return ""
         return (
             f"the model's own effect on {task.name}, {effect.value:.3g} {task.metric.unit or task.metric.name} "
-            f"(interval {between(low, high)}), cannot be told from 0 under {ablation or self.ablation} ablation"
+            f"(interval {between(*effect.interval(level))}), cannot be told from 0 under {ablation or self.ablation} "
+            "ablation"
         )
 
     def cannot(self, why: str) -> Measured:
@@ -215,6 +213,11 @@ class Subject:
         return f"{len(task)} examples of {task.name} ({task.half} half), {len(set(task.clusters))} independent{left}"
 
 
+def unseen(task: Task, seen: Collection[str]) -> list[int]:
+    """Which examples of a task are not among some, given by their identities (see `Examples.identity`)."""
+    return [i for i, identity in enumerate(task.examples.identities) if identity not in seen]
+
+
 # --- loading -----------------------------------------------------------------------------------------
 
 
@@ -224,43 +227,47 @@ def load_claims_task(model: HookedModel, spec: TaskSpec) -> Task:
     Raises:
         KeyError, FileNotFoundError, ValueError: as `load_task`.
     """
-    data = (
-        from_file("data", spec.data, "claim file", "take data that is none of your own code")
-        if spec.data
-        else ""
-    )
     return load_task(
-        model, spec.spec, n=spec.examples, seed=spec.seed, metric=spec.metric, data=data
+        model,
+        spec.spec,
+        n=spec.examples,
+        seed=spec.seed,
+        metric=spec.metric,
+        data=without_code(spec.data),
     )
 
 
-def subject_of(
-    file: ClaimFile, model: HookedModel, place: Workspace, folder: Path, task: Task | None = None
-) -> Subject:
+def without_code(data: str) -> str:
+    """The name of a dataset that a claim file gives.
+
+    Raises:
+        ValueError: if opening it would run code that is not trusted.
+    """
+    return from_file("data", data, "claim file", "name data that is opened without code")
+
+
+def subject_of(file: ClaimFile, model: HookedModel, place: Workspace, folder: Path) -> Subject:
     """What the claims of a file are about.
 
     Args:
         file: the claims.
         model: their model.
-        task_spec: how the task is made.
         place: the workspace in which circuits are saved.
         folder: the file's folder, in which files that it names are looked for.
-        task: the task, if it was made before.
 
     Raises:
         KeyError: if the circuit has parts that the model lacks.
         FileNotFoundError: if a file is missing.
         ValueError: if something does not fit.
     """
-    task = task or load_claims_task(model, file.task)
     subject = Subject(
-        model, task, ablation=_ablation(file.ablation), seed=file.seed, task_spec=file.task, place=place,
-        folder=folder,
+        model, load_claims_task(model, file.task), ablation=file.ablation, seed=file.seed, task_spec=file.task,
+        place=place, folder=folder,
     )  # fmt: skip
-    return about(subject, file.circuit, file.shift) if file.circuit.given else subject
+    return with_circuit(subject, file.circuit, file.shift) if file.circuit.given else subject
 
 
-def about(subject: Subject, circuit: CircuitSpec, shift: int = 0) -> Subject:
+def with_circuit(subject: Subject, circuit: CircuitSpec, shift: int = 0) -> Subject:
     """The same model and task with a circuit.
 
     Raises:
@@ -274,13 +281,6 @@ def about(subject: Subject, circuit: CircuitSpec, shift: int = 0) -> Subject:
     return replace(subject, parts=parts, kept=kept, found=found, _known={})
 
 
-def _ablation(name: str) -> Ablation:
-    for known in ABLATIONS:
-        if name == known:
-            return known  # type: ignore[return-value]
-    raise ValueError(f"ablation {name!r}: expected one of {', '.join(ABLATIONS)}")
-
-
 def circuit_of(
     spec: CircuitSpec,
     model: HookedModel,
@@ -289,7 +289,22 @@ def circuit_of(
     shift: int = 0,
     seed: int = 0,
 ) -> tuple[Parts, Mask, CircuitGraph | None]:
-    """A circuit by its description: what it is chosen from, which parts it has, and the saved circuit it is."""
+    """A circuit by its description.
+
+    Args:
+        spec: the description.
+        model: the model.
+        place: the workspace in which circuits are saved.
+        folder: where a file of edges is looked for.
+        shift: see `discovery.score_edges`.
+        seed: of what ablations draw.
+
+    Returns:
+        What it is chosen from, which of these parts it has, and the saved circuit, if it is one.
+
+    Raises:
+        KeyError, FileNotFoundError, ValueError: as `subject_of`.
+    """
     if spec.units:
         parts: Parts = UnitParts(model, spec.sites, seed=seed)
         return parts, parts.mask(spec.units), None

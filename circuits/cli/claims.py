@@ -71,9 +71,7 @@ def new(
             circuit, found, loaded, model.spec, spec, ablation=ablation, **more
         )
     write_claims(out, file)
-    rows = [
-        (c.name, c.test, ", ".join(f"{k} {v}" for k, v in c.settings.items())) for c in file.claims
-    ]
+    rows = [(c.name, c.test, c.settings_line) for c in file.claims]
     output.show(
         {"file": str(out), "claims": [c.name for c in file.claims]},
         [

@@ -111,8 +111,7 @@ def circuit_graph(
         "made": {
             "by": "discover", "grain": graph.grain, "graph": dict(graph.choices), "task": task.name,
             "task_hash": task.hash, "task_spec": dict(task.spec),
-            "found_on": [find.examples.identity(i) for i in range(len(find))],
-            "evaluated_on": [test.examples.identity(i) for i in range(len(test))],
+            "found_on": find.examples.identities, "evaluated_on": test.examples.identities,
             "metric": scores.metric, "method": scores.method,
             "settings": dict(scores.settings), **how, "seed": scores.record.seed,
             "edges": [list(graph.edges[e]) for e in edges],
