@@ -10,25 +10,7 @@ from typing import Any
 
 from circuits.claims.parts import Ablation
 from circuits.claims.verdicts import ALPHA, Expected
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """Which task claims are about.
-
-    Attributes:
-        spec: the task's name or file, as `load_task` takes it; empty for the model's own.
-        examples: how many examples are drawn for both halves.
-        seed: of the examples and of their halves.
-        metric: the metric; the task's own if empty.
-        data: the data of tasks that need some.
-    """
-
-    spec: str = ""
-    examples: int = 200
-    seed: int = 0
-    metric: str = ""
-    data: str = ""
+from circuits.tasks.spec import TaskSpec
 
 
 @dataclass(frozen=True)

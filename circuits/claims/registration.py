@@ -21,6 +21,8 @@ from circuits.hdf5 import file_hash
 
 KIND = "claim"
 
+_TASK, _DRAWN = ("spec", "metric", "data"), ("examples", "seed", "take")
+
 _FILES = (".py", ".json", ".csv", ".tsv", ".npz", ".npy")
 
 
@@ -74,14 +76,18 @@ def terms_of(file: ClaimFile, claim: Claim, subject: Subject) -> tuple[str, dict
     """What is claimed about what, hashed, and the terms under which it is tested."""
     parts = [] if subject.parts is None or subject.kept is None else _names(subject)
     spec = file.task
+    # How examples are drawn is no part of the claim: drawing others is another run of it.
+    more = {k: v for k, v in spec.to_dict().items() if k not in (*_TASK, *_DRAWN)}
     about = {
-        "model": subject.model.hash, "task": [spec.spec, spec.metric, spec.data], "circuit": parts,
+        "model": subject.model.hash, "circuit": parts,
+        "task": [*(getattr(spec, name) for name in _TASK), *([more] if more else [])],
         "ablation": subject.ablation, "shift": file.shift, "claim": claim.kind, "test": claim.test,
         "statement": claim.statement, "named": _named(claim), "files": hashes_of(claim, subject.folder),
     }  # fmt: skip
     terms = {
         **_plain(claim.settings), "seed": file.seed, "alpha": file.alpha, "tests": len(file.claims),
         "expect": claim.expect, "task_seed": spec.seed, "task_examples": spec.examples, "task_hash": subject.task.hash,
+        **({} if spec.take == "spread" else {"task_take": spec.take}),
     }  # fmt: skip
     return digest(about), terms
 

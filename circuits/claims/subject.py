@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from circuits.claims.claim import CircuitSpec, ClaimFile, TaskSpec
+from circuits.claims.claim import CircuitSpec, ClaimFile
 from circuits.claims.evidence import Mean, Ratio, is_clear
 from circuits.claims.parts import ABLATIONS, Ablation, EdgeParts, Mask, Parts, UnitParts
 from circuits.claims.verdicts import Measured
@@ -27,9 +27,9 @@ from circuits.graph.saved import load_circuit
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.tables import between
-from circuits.tasks.builtin import load_task
 from circuits.tasks.halves import LEAST
 from circuits.tasks.metrics import Metric
+from circuits.tasks.spec import TaskSpec
 from circuits.tasks.task import Task
 from circuits.workspace import Workspace
 
@@ -96,8 +96,9 @@ class Subject:
     def seen(self) -> frozenset[str]:
         """The identities of all examples on which the circuit was found or evaluated, as far as it says which."""
         made = {} if self.found is None else self.found.graph.get("made", {})
-        seen = set(made.get("found_on", ()))
-        if made.get("examples"):
+        seen = {*made.get("found_on", ()), *made.get("evaluated_on", ())}
+        if "evaluated_on" not in made and made.get("examples"):
+            # Circuits of earlier versions say how many examples were drawn of a task that is known by its name.
             spec = TaskSpec(str(made["task"]), int(made["examples"]), int(made.get("seed", 0)))
             seen |= {*load_claims_task(self.model, spec).examples.identities}
         return frozenset(seen)
@@ -221,29 +222,34 @@ def unseen(task: Task, seen: Collection[str]) -> list[int]:
 # --- loading -----------------------------------------------------------------------------------------
 
 
-def load_claims_task(model: HookedModel, spec: TaskSpec) -> Task:
+def load_claims_task(model: HookedModel, spec: TaskSpec, folder: Path = Path()) -> Task:
     """The task that claims are about.
 
+    Args:
+        model: the model.
+        spec: how the task is made.
+        folder: where a file of labels is looked for.
+
     Raises:
-        KeyError, FileNotFoundError, ValueError: as `load_task`.
+        KeyError, FileNotFoundError, ValueError: as `TaskSpec.compile`, or if making it would run code that is not
+            trusted.
     """
-    return load_task(
-        model,
-        spec.spec,
-        n=spec.examples,
-        seed=spec.seed,
-        metric=spec.metric,
-        data=without_code(spec.data),
-    )
+    for what, name in spec.names.items():
+        without_code(name, what)
+    return spec.compile(model, folder)
 
 
-def without_code(data: str) -> str:
-    """The name of a dataset that a claim file gives.
+def without_code(name: str, what: str = "data") -> str:
+    """What a claim file names, as it is.
+
+    Args:
+        name: the name.
+        what: what it names, for messages.
 
     Raises:
         ValueError: if opening it would run code that is not trusted.
     """
-    return from_file("data", data, "claim file", "name data that is opened without code")
+    return from_file(what, name, "claim file", f"name {what} that is opened without code")
 
 
 def subject_of(file: ClaimFile, model: HookedModel, place: Workspace, folder: Path) -> Subject:
@@ -261,7 +267,7 @@ def subject_of(file: ClaimFile, model: HookedModel, place: Workspace, folder: Pa
         ValueError: if something does not fit.
     """
     subject = Subject(
-        model, load_claims_task(model, file.task), ablation=file.ablation, seed=file.seed, task_spec=file.task,
+        model, load_claims_task(model, file.task, folder), ablation=file.ablation, seed=file.seed, task_spec=file.task,
         place=place, folder=folder,
     )  # fmt: skip
     return with_circuit(subject, file.circuit, file.shift) if file.circuit.given else subject

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from circuits.claims.claim import TaskSpec
 from circuits.claims.evidence import Loss, Mean, Region, Share, is_clear
 from circuits.claims.hypotheses import blind_below, hsic_p, shi_equivalence_p
 from circuits.claims.parts import ABLATIONS
@@ -14,6 +13,7 @@ from circuits.claims.settings import ClaimTest, Parameter, Settings
 from circuits.claims.subject import Subject, load_claims_task, unseen
 from circuits.claims.verdicts import Level, Measured, Quantity, quantity
 from circuits.tasks.metrics import accuracy
+from circuits.tasks.spec import TaskSpec
 from circuits.tasks.task import Task
 
 DRAWS = 999
@@ -229,20 +229,22 @@ def independence(subject: Subject, settings: Settings, level: Level) -> Measured
 def breaking_inputs(subject: Subject, settings: Settings, level: Level) -> Measured:
     """How often inputs of the task's own grammar break the circuit, and which break it most.
 
-    Inputs are drawn by another seed than the file's; an input breaks the circuit if it is off by more than a share of
-    the model's mean effect.
+    Inputs are drawn by another seed than the file's, without those that were seen; an input breaks the circuit if it is
+    off by more than a share of the model's mean effect.
     """
     if why := subject.no_effect(level=level.each):
         return subject.cannot(why)
     _, kept = subject.circuit
-    known = {*subject.task.examples.identities}
+    known = {*subject.task.examples.identities, *subject.seen}
     spec = subject.task_spec
     drawn = load_claims_task(
-        subject.model, replace(spec, seed=spec.seed + 1 + subject.seed, examples=settings["inputs"])
+        subject.model,
+        replace(spec, seed=spec.seed + 1 + subject.seed, examples=settings["inputs"]),
+        subject.folder,
     )
     new = unseen(drawn, known)
     if len(new) < 2:
-        why = f"task {drawn.name} has no other inputs than those {len(known)}: nothing was searched"
+        why = f"task {drawn.name} has no other inputs than {len(known)} known ones: nothing was searched"
         return subject.cannot(why)
     task = drawn.subset(new)
     empty, whole = subject.ends(subject.find)

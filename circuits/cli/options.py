@@ -443,10 +443,8 @@ class CounterpartTask(PairsTask):
         self._check()
         if self.one_class or self.other_class:
             self._check_against()
-        # A file is named so that it is found from anywhere, by whoever makes the task again.
-        labels = self.labels if self.labels in ("", "names") else str(Path(self.labels).absolute())
         task = TaskSpec(
-            self.task, self.limit, seed, self.metric, self.data, self.text, self.take, labels, self.counterpart,
+            self.task, self.limit, seed, self.metric, self.data, self.text, self.take, self.labels, self.counterpart,
             self.counterparts, self.one_class, self.other_class, self.most_active or 0,
         ).compile(model)  # fmt: skip
         if self.data and task.examples.account:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from circuits.examples import How
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
+from circuits.specs import normal_data
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import Source, open_source
 from circuits.tasks.builtin import load_task, named_metric, paired_with, with_counterparts
@@ -57,11 +58,12 @@ class TaskSpec:
         usual, always = TaskSpec(), ("examples", "seed")
         return {k: v for k, v in asdict(self).items() if k in always or v != getattr(usual, k)}
 
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> TaskSpec:
-        """What `to_dict` gave; fields of later versions are left out."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in raw.items() if k in known})
+    @property
+    def names(self) -> dict[str, str]:
+        """What it opens, by what that is. If it is from a file, each goes through `from_file` before `compile`."""
+        return {
+            "task": self.spec, "data": self.data, "counterparts": self.counterparts, "labels": self.labels,
+        }  # fmt: skip
 
     def compile(self, model: HookedModel, folder: Path = Path()) -> Task:
         """The task for a model, which says how it was made.
@@ -78,7 +80,18 @@ class TaskSpec:
         source = open_source(self.data) if self.data else None
         make = self._compared if self.one_class or self.other_class else self._plain
         task = make(model, source, folder)
-        return replace(task, spec=self.to_dict())
+        return replace(task, spec=self._with_whole_paths(folder).to_dict())
+
+    def _with_whole_paths(self, folder: Path) -> TaskSpec:
+        """The same, with files that are found from anywhere, by whoever makes the task again."""
+        spec, labels = self.spec, self.labels
+        if Path(spec).suffix and os.path.isfile(spec):
+            spec = str(Path(spec).resolve())
+        if labels not in ("", "names"):
+            labels = str((folder / labels).resolve())
+        return replace(
+            self, spec=spec, labels=labels, data=normal_data(self.data), counterparts=normal_data(self.counterparts)
+        )  # fmt: skip
 
     def _plain(self, model: HookedModel, source: Source | None, folder: Path) -> Task:
         task = load_task(
