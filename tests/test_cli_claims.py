@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from circuits.claims import Claim, ClaimFile, TaskSpec, read_claims, verify, write_claims
 from circuits.claims.catalogue import TESTS
+from circuits.claims.parts import EdgeParts
 from circuits.claims.recording import read_recorded, recorded_path
 from circuits.claims.registration import terms_of
 from circuits.claims.settings import ClaimTest
@@ -222,6 +225,41 @@ def test_circuits_of_earlier_versions_say_what_was_drawn(folder: Path):
     newer.graph["made"]["task_spec"] = {"metric": 3}
     with pytest.raises(ValueError, match=r"task_spec of the circuit\.metric 3: expected a text"):
         task_of_circuit(newer, model)
+
+
+def test_what_claims_share_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    measured: list[bytes] = []
+    told: list[str] = []
+    values = EdgeParts.values
+
+    def watched(
+        self: EdgeParts, circuits: Sequence[np.ndarray], task: Task, *rest: Any
+    ) -> np.ndarray:
+        measured.extend(
+            task.hash.encode() + c.tobytes() + repr(rest[:2]).encode() for c in circuits
+        )
+        return values(self, circuits, task, *rest)
+
+    monkeypatch.setattr(EdgeParts, "values", watched)
+
+    def of(name: str, edges: int) -> dict[str, Any]:
+        least = 0.5 if name.endswith("less") else 0.9
+        return {
+            **HOLDS,
+            "name": name,
+            "with": {"least": least},
+            "circuit": {"edges": EDGES[:edges]},
+        }
+
+    claims = [of("all", 3), of("all, less", 3), of("two", 2), of("two, less", 2)]
+    file = read_claims(written(folder, *claims))
+
+    def stage(name: str) -> Callable[[int, int], None]:
+        return lambda done, total: told.append(name)
+
+    verify(file, Workspace(folder / "ws"), folder=folder, stage=stage)
+    assert len(measured) == len({*measured}) > 0
+    assert list(dict.fromkeys(told)) == ["all", "two"], "the others had nothing to run"
 
 
 def test_other_examples_are_another_run_and_another_task_is_another_claim():

@@ -103,11 +103,12 @@ class Subject:
             seen |= {*load_claims_task(self.model, spec).examples.identities}
         return frozenset(seen)
 
-    @property
+    @cached_property
     def find(self) -> Task:
         """The half on which thresholds, subsets and directions may be chosen."""
-        check_apart(self.task.find, self.test)
-        return self.task.find
+        half = self.task.find
+        check_apart(half, self.test)
+        return half
 
     @property
     def circuit(self) -> tuple[Parts, Mask]:
@@ -252,7 +253,13 @@ def without_code(name: str, what: str = "data") -> str:
     return from_file(what, name, "claim file", f"name {what} that is opened without code")
 
 
-def subject_of(file: ClaimFile, model: HookedModel, place: Workspace, folder: Path) -> Subject:
+def subject_of(
+    file: ClaimFile,
+    model: HookedModel,
+    place: Workspace,
+    folder: Path,
+    progress: Progress | None = None,
+) -> Subject:
     """What the claims of a file are about.
 
     Args:
@@ -260,6 +267,7 @@ def subject_of(file: ClaimFile, model: HookedModel, place: Workspace, folder: Pa
         model: their model.
         place: the workspace in which circuits are saved.
         folder: the file's folder, in which files that it names are looked for.
+        progress: called with the work done and the total of one measurement.
 
     Raises:
         KeyError: if the circuit has parts that the model lacks.
@@ -268,13 +276,13 @@ def subject_of(file: ClaimFile, model: HookedModel, place: Workspace, folder: Pa
     """
     subject = Subject(
         model, load_claims_task(model, file.task, folder), ablation=file.ablation, seed=file.seed, task_spec=file.task,
-        place=place, folder=folder,
+        place=place, folder=folder, progress=progress,
     )  # fmt: skip
     return with_circuit(subject, file.circuit, file.shift) if file.circuit.given else subject
 
 
 def with_circuit(subject: Subject, circuit: CircuitSpec, shift: int = 0) -> Subject:
-    """The same model and task with a circuit.
+    """The same model and task with a circuit; of one chosen from the same parts, what is known stays known.
 
     Raises:
         KeyError, FileNotFoundError, ValueError: as `subject_of`.
@@ -284,6 +292,9 @@ def with_circuit(subject: Subject, circuit: CircuitSpec, shift: int = 0) -> Subj
     )
     if not kept.any():
         raise ValueError("circuit: it has no parts; expected at least one")
+    own = subject.parts
+    if own is not None and (own.word, own.names) == (parts.word, parts.names):
+        return replace(subject, kept=kept, found=found)
     return replace(subject, parts=parts, kept=kept, found=found, _known={})
 
 

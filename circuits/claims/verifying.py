@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +19,7 @@ from circuits.claims.subject import Subject, subject_of, with_circuit
 from circuits.claims.verdicts import Level, Measured, Verdict, exit_code
 from circuits.database import Database
 from circuits.factories import from_file
-from circuits.files import Keep, finite, keeping, make_now
+from circuits.files import Keep, finite, keeping
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
 from circuits.progress import Progress
@@ -251,20 +251,19 @@ def verify(
         why = f"the model's hash is {model.hash[:16]} now, the claims are about {file.model_hash[:16]}"
         stale = tuple(Judged(c, "stale", why, Measured(())) for c in file.claims)
         return Report(file, model.hash, stale)
-    subject = subject_of(file, model, place, folder)
+    running = _Running()
+    subject = subject_of(file, model, place, folder, running)
     level = Level(file.alpha, len(file.claims))
     database = place.writable().database
-    subjects = [
-        subject if c.circuit is None else with_circuit(subject, c.circuit, file.shift)
-        for c in file.claims
-    ]
+    subjects = _subjects(file, subject)
     made = _registered(file, subjects, database)
     work = place.model_folder(model.hash) / "claims"
     judged = []
     for one, own in zip(made, subjects, strict=True):
         kept = work / one.terms[:16]
         kept.mkdir(parents=True, exist_ok=True)
-        judged.append(_judged(one, own, level, stage, keeping(kept)))
+        running.progress = stage(one.claim.name)
+        judged.append(_judged(one, own, level, keeping(kept)))
         conclude(database, own, one, judged[-1].verdict)
     for one in made:  # all is in the report now: the next verification computes everything again
         shutil.rmtree(work / one.terms[:16], ignore_errors=True)
@@ -272,6 +271,29 @@ def verify(
         f"{int(subject.kept.sum())} of {len(subject.kept)} {subject.parts.word}"
     )  # fmt: skip
     return Report(file, model.hash, tuple(judged), size)
+
+
+class _Running:
+    """The progress of whichever claim is tested now."""
+
+    progress: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
+
+
+def _subjects(file: ClaimFile, subject: Subject) -> list[Subject]:
+    """What each claim is about; claims about the same circuit share what is computed of it."""
+    made = [(file.circuit, subject)]
+    for claim in file.claims:
+        own = claim.circuit
+        if own is not None and all(own != circuit for circuit, _ in made):
+            made.append((own, with_circuit(subject, own, file.shift)))
+    return [
+        next(s for circuit, s in made if circuit == (c.circuit or file.circuit))
+        for c in file.claims
+    ]
 
 
 def _registered(
@@ -289,14 +311,9 @@ def _registered(
     ]
 
 
-def _judged(
-    made: Registration, subject: Subject, level: Level, stage: Stage, keep: Keep = make_now
-) -> Judged:
+def _judged(made: Registration, subject: Subject, level: Level, keep: Keep) -> Judged:
     claim = made.claim
-    with_progress = replace(subject, progress=stage(claim.name))
-    raw = keep(
-        "measured", lambda: TESTS[claim.test].run(with_progress, claim.settings, level).to_dict()
-    )
+    raw = keep("measured", lambda: TESTS[claim.test].run(subject, claim.settings, level).to_dict())
     measured = Measured.from_dict(raw)
     verdict, why = measured.verdict(level.alpha)
     return Judged(claim, verdict, why, measured, made)
