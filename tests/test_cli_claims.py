@@ -217,6 +217,12 @@ def test_circuits_of_earlier_versions_say_what_was_drawn(folder: Path):
     assert replace(subject, found=earlier).seen == frozenset(drawn)
     assert replace(subject, found=newer).seen == frozenset(drawn[:9])
     assert task_of_circuit(earlier, model) == TaskSpec("addition", 500, 2)
+    unknown = CircuitGraph()
+    unknown.graph["made"] = {"task": "cat against dog", "examples": 24}
+    with pytest.raises(
+        ValueError, match=r"cannot be made again \(unknown task 'cat against dog'.* saved since"
+    ):
+        replace(subject, found=unknown).seen  # noqa: B018
     newer.graph["made"]["task_spec"] = {"metric": "kl", "seed": 4, "examples": 30}
     assert task_of_circuit(newer, model, examples=24) == TaskSpec("", 24, 5, "kl")
     newer.graph["made"]["task_spec"] = {"data": "x.py:f"}

@@ -19,6 +19,7 @@ from circuits.discovery import edge_graph, edges_of
 from circuits.discovery.evaluating import check_apart
 from circuits.discovery.formats import read_edges
 from circuits.discovery.found import graph_of
+from circuits.errors import line
 from circuits.experiments.patched_runs import Direction
 from circuits.experiments.statistics import LEVEL
 from circuits.factories import from_file
@@ -94,13 +95,15 @@ class Subject:
 
     @cached_property
     def seen(self) -> frozenset[str]:
-        """The identities of all examples on which the circuit was found or evaluated, as far as it says which."""
+        """The identities of all examples on which the circuit was found or evaluated, as far as it says which.
+
+        Raises:
+            ValueError: if an earlier version saved it, and its task cannot be made again.
+        """
         made = {} if self.found is None else self.found.graph.get("made", {})
         seen = {*made.get("found_on", ()), *made.get("evaluated_on", ())}
         if "evaluated_on" not in made and made.get("examples"):
-            # Circuits of earlier versions say how many examples were drawn of a task that is known by its name.
-            spec = TaskSpec(str(made["task"]), int(made["examples"]), int(made.get("seed", 0)))
-            seen |= {*load_claims_task(self.model, spec).examples.identities}
+            seen |= {*_drawn_then(self.model, made)}
         return frozenset(seen)
 
     @cached_property
@@ -213,6 +216,18 @@ class Subject:
             f"; {less} more were seen when the circuit was found, and are left out" if less else ""
         )
         return f"{len(task)} examples of {task.name} ({task.half} half), {len(set(task.clusters))} independent{left}"
+
+
+def _drawn_then(model: HookedModel, made: Mapping[str, Any]) -> list[str]:
+    """The examples of a circuit of an earlier version, which says how many were drawn of a task, and its name."""
+    try:
+        spec = TaskSpec(str(made["task"]), int(made["examples"]), int(made.get("seed", 0)))
+        return load_claims_task(model, spec).examples.identities
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(
+            "the circuit does not say on which examples it was evaluated, and its task cannot be made again "
+            f"({line(error)}): expected one that `circuits discover` saved since"
+        ) from error
 
 
 def unseen(task: Task, seen: Collection[str]) -> list[int]:
