@@ -66,7 +66,8 @@ from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import Source, open_source
 from circuits.store import ActivationStore
 from circuits.tasks import Task, of_examples
-from circuits.tasks.builtin import STATED, load_task, names_of
+from circuits.tasks.builtin import STATED, names_of
+from circuits.tasks.spec import TaskSpec
 from circuits.tuning import HeatMap, RadialTuning, heat_map, radial_tuning
 from circuits.tuning.responding import responses
 from circuits.unit_maps import Method, UnitMap, response_map, weight_map
@@ -174,7 +175,7 @@ def _task(
     _store: ActivationStore | None,
 ) -> Task:  # fmt: skip
     if name not in STATED:
-        return load_task(_model, name, n=n, seed=seed)
+        return TaskSpec(name, n, seed).compile(_model)
     assert _store is not None, "these tasks need data"
     source = examples_of(_model, _store).source
     labels = labels_of(_model, _store) if name == "classes" else None

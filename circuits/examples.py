@@ -289,6 +289,11 @@ class Examples:
         """What of a folder was taken, and what was not and why, in one line; empty if it is no folder."""
         return account(self.source, len(self), self.chosen, self.skipped)
 
+    @property
+    def identities(self) -> list[str]:
+        """The `identity` of each example."""
+        return [self.identity(i) for i in range(len(self))]
+
     def identity(self, place: int) -> str:
         """A text that is the same for equal examples of any source: the tokens, or the source's hash and the index.
 

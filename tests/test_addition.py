@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from circuits.claims.catalogue import TESTS
-from circuits.claims.claim import TaskSpec
 from circuits.claims.frequencies import losses, sums, trained_on, wave_part
 from circuits.claims.subject import Subject, load_claims_task
 from circuits.claims.verdicts import Level
@@ -24,6 +23,7 @@ from circuits.models.zoo.training.addition import (
     split,
     train,
 )
+from circuits.tasks.spec import TaskSpec
 
 
 @pytest.fixture(scope="module")

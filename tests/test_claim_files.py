@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from circuits.claims import claims_schema, read_claims, write_claims
+from circuits.claims import TaskSpec, claims_schema, read_claims, write_claims
 from circuits.claims.files import is_claim_file
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "schemas" / "claims.json"
@@ -52,6 +53,22 @@ def test_defaults_are_written_out(tmp_path: Path):
     assert not is_claim_file(SCHEMA)
 
 
+WHOLE = TaskSpec(
+    "classes", 40, 3, "mixed3b:1", "folder:x", "a text", "random", "labels.csv", "blurred", "folder:y", "cat", "dog", 5
+)  # fmt: skip
+"""A task in which nothing is as by default, whether or not it goes together."""
+
+
+def test_a_task_is_kept_whole(tmp_path: Path):
+    usual = TaskSpec()
+    assert all(getattr(WHOLE, f.name) != getattr(usual, f.name) for f in fields(WHOLE))
+    file = replace(read_claims(written(tmp_path, GOOD)), task=WHOLE)
+    write_claims(tmp_path / "again.yaml", file)
+    assert read_claims(tmp_path / "again.yaml").task == WHOLE
+    jsonschema.validate(yaml.safe_load((tmp_path / "again.yaml").read_text()), claims_schema())
+    assert TaskSpec("repeats").to_dict() == {"spec": "repeats", "examples": 200, "seed": 0}
+
+
 def test_the_published_schema_is_the_codes():
     assert json.loads(SCHEMA.read_text()) == claims_schema()
 
@@ -86,6 +103,12 @@ BAD: list[tuple[Any, str]] = [
     (changed(alpha=2), "alpha 2: expected a number from 1e-06 to 0.5"),
     (changed(seed=-1), "seed -1: expected a whole number from 0 to"),
     (changed(task={"examples": 1}), "task.examples 1: expected a whole number from 2"),
+    (changed(task={"take": "given"}), "task.take 'given': expected one of spread, first, random"),
+    (changed(task={"counterpart": "x"}), "task.counterpart 'x': expected one of another, blurred"),
+    (changed(task={"counterpart": []}), "task.counterpart []: expected one of another, blurred"),
+    (changed(task={"most_active": -1}), "task.most_active -1: expected a whole number from 0"),
+    (changed(task={"one_class": 3}), "task.one_class 3: expected a text"),
+    (changed(task={"clas": "x"}), "unknown field of task: 'clas'"),
     ("circuits_claims: 1\ncircuits_claims: 1\n", "line 2: 'circuits_claims' stands twice"),
     (BOMB, "line 1: anchors and aliases (& and *) are not taken: write it out"),
     ("a: !!python/object/apply:os.system [ls]\n", "tags such as"),

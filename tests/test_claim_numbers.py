@@ -17,6 +17,7 @@ from circuits.claims.specificity import common_means, damage
 from circuits.claims.subject import Subject, load_claims_task
 from circuits.claims.verdicts import Level, Measured
 from circuits.discovery import edge_graph
+from circuits.graph.circuit import CircuitGraph
 from circuits.models.zoo.loading import load_model
 from circuits.tasks.task import Task
 
@@ -231,6 +232,17 @@ def test_the_effect_of_an_edit(subject: Subject):
 
 
 # --- what cannot be tested ---------------------------------------------------------------------------
+
+
+def test_inputs_on_which_the_circuit_was_found_do_not_try_to_break_it(subject: Subject):
+    drawn = load_claims_task(subject.model, TaskSpec(examples=10, seed=1)).examples.identities
+    found = CircuitGraph()
+    found.graph["made"] = {"found_on": drawn[:3]}
+    tried = run_test(replace(subject, found=found), "breaking-inputs", inputs=10)
+    assert tried.examples.startswith("7 examples")
+    found.graph["made"] = {"found_on": drawn[:3], "evaluated_on": drawn[3:]}
+    none = run_test(replace(subject, found=found), "breaking-inputs", inputs=10)
+    assert none.untestable.endswith("other inputs than 34 known ones: nothing was searched")
 
 
 def test_without_an_effect_nothing_is_tested(subject: Subject):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from circuits.claims import TESTS, TaskSpec
-from circuits.claims.parts import Ablation, Mask
+from circuits.claims.parts import Ablation, Mask, Parts
 from circuits.claims.subject import Subject, load_claims_task
 from circuits.claims.verdicts import Level
 from circuits.experiments.patched_runs import Direction
@@ -22,7 +22,7 @@ N = 6
 CIRCUIT = np.array([True, True, True, False, False, False])
 
 
-class Made:
+class Made(Parts):
     """Parts of which the metric of each circuit is made up: 0 for none, 4 for all, and what is wanted for `CIRCUIT`."""
 
     word = "parts"
@@ -36,15 +36,6 @@ class Made:
 
     def mask(self, names: Sequence[str]) -> Mask:
         return np.isin(self.names, names)
-
-    def connected(self, kept: Mask) -> Mask:
-        return kept
-
-    def restorable(self, kept: Mask) -> bool:
-        return True
-
-    def like(self, kept: Mask, rng: np.random.Generator) -> Mask:
-        return rng.permutation(kept)
 
     def values(
         self,

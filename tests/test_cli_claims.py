@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from circuits.claims import read_claims, verify
+from circuits.claims import Claim, ClaimFile, TaskSpec, read_claims, verify, write_claims
 from circuits.claims.catalogue import TESTS
+from circuits.claims.parts import EdgeParts
 from circuits.claims.recording import read_recorded, recorded_path
+from circuits.claims.registration import terms_of
 from circuits.claims.settings import ClaimTest
+from circuits.claims.subject import Subject, load_claims_task, subject_of
+from circuits.claims.writing import task_of_circuit
 from circuits.cli.main import run
 from circuits.edits.recipes import Recipe
 from circuits.edits.records import read_edit
 from circuits.environment import WORKSPACE
+from circuits.graph.circuit import CircuitGraph
 from circuits.models.zoo.loading import load_model
 from circuits.tasks.task import Task
 from circuits.workspace import Workspace
@@ -169,6 +176,122 @@ def test_a_file_from_a_circuit(folder: Path, capsys):
     assert "were seen when the circuit was found: expected another seed" in capsys.readouterr().err
 
 
+def test_a_circuit_of_a_convolutional_network_is_claimed_of_on_new_images(folder: Path, capsys):
+    assert run(["discover", "shapes", "--sites", "mixed3b:0-15,logits", "--task", "classes", "--data", "shapes",
+                "--counterpart", "another", "--method", "eap", "--limit", "40", "--size", "60", "--search", "top",
+                "--random", "2", "--random-rankings", "1", "--check", "0", "--save", "sh"]) == 0  # fmt: skip
+    out = folder / "sh.yaml"
+    assert run(["claim", "new", "shapes", "sh", "--out", str(out), "--examples", "120"]) == 0
+    file = read_claims(out)
+    assert file.task == TaskSpec(
+        "classes", 120, 1, data="shapes", take="random", counterpart="another"
+    )
+    quick = [c for c in file.claims if c.test in ("faithfulness", "knockout", "equivalence")]
+    write_claims(out, replace(file, claims=tuple(quick)))
+    assert run(["verify", str(out), "--report", str(folder)]) == 1
+    judged = json.loads((folder / "report.json").read_text())["claims"]
+    assert [j["verdict"] for j in judged] == ["refuted"] * 3, "16 channels are not the network"
+    model = load_model("shapes")
+    subject = subject_of(file, model, Workspace(folder / "ws"), folder)
+    drawn, seen = TaskSpec("classes", 40, data="shapes", counterpart="another"), subject.seen
+    before = set(drawn.compile(model).examples.identities)
+    assert seen == before
+    assert not seen & {*subject.test.examples.identities}
+    old = len(subject.task.test.examples.identities) - len(subject.test)
+    assert old > 0, "60 of 400 images, of which 40 were seen"
+    assert f"; {old} more were seen when the circuit was found" in judged[0]["measured"]["examples"]
+
+
+def test_circuits_of_earlier_versions_say_what_was_drawn(folder: Path):
+    model = load_model("addition-by-hand")
+    subject = Subject(model, load_claims_task(model, TaskSpec(examples=24, seed=1)))
+    earlier, newer = CircuitGraph(), CircuitGraph()
+    drawn = load_claims_task(model, TaskSpec("addition", 24, 1)).examples.identities
+    earlier.graph["made"] = {"task": "addition", "examples": 24, "seed": 1, "edges": []}
+    newer.graph["made"] = {
+        "task": "addition",
+        "found_on": drawn[:5],
+        "evaluated_on": drawn[5:9],
+        "edges": [],
+    }
+    assert replace(subject, found=earlier).seen == frozenset(drawn)
+    assert replace(subject, found=newer).seen == frozenset(drawn[:9])
+    assert task_of_circuit(earlier, model) == TaskSpec("addition", 500, 2)
+    unknown = CircuitGraph()
+    unknown.graph["made"] = {"task": "cat against dog", "examples": 24}
+    with pytest.raises(
+        ValueError, match=r"cannot be made again \(unknown task 'cat against dog'.* saved since"
+    ):
+        replace(subject, found=unknown).seen  # noqa: B018
+    newer.graph["made"]["task_spec"] = {"metric": "kl", "seed": 4, "examples": 30}
+    assert task_of_circuit(newer, model, examples=24) == TaskSpec("", 24, 5, "kl")
+    newer.graph["made"]["task_spec"] = {"data": "x.py:f"}
+    with pytest.raises(ValueError, match=r"names data 'x\.py:f', which would run its own code"):
+        task_of_circuit(newer, model)
+    newer.graph["made"]["task_spec"] = {"metric": 3}
+    with pytest.raises(ValueError, match=r"task_spec of the circuit\.metric 3: expected a text"):
+        task_of_circuit(newer, model)
+
+
+def test_what_claims_share_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    measured: list[bytes] = []
+    told: list[str] = []
+    values = EdgeParts.values
+
+    def watched(
+        self: EdgeParts, circuits: Sequence[np.ndarray], task: Task, *rest: Any
+    ) -> np.ndarray:
+        measured.extend(
+            task.hash.encode() + c.tobytes() + repr(rest[:2]).encode() for c in circuits
+        )
+        return values(self, circuits, task, *rest)
+
+    monkeypatch.setattr(EdgeParts, "values", watched)
+
+    def of(name: str, edges: int) -> dict[str, Any]:
+        least = 0.5 if name.endswith("less") else 0.9
+        return {
+            **HOLDS,
+            "name": name,
+            "with": {"least": least},
+            "circuit": {"edges": EDGES[:edges]},
+        }
+
+    claims = [of("all", 3), of("all, less", 3), of("two", 2), of("two, less", 2)]
+    file = read_claims(written(folder, *claims))
+
+    def stage(name: str) -> Callable[[int, int], None]:
+        return lambda done, total: told.append(name)
+
+    verify(file, Workspace(folder / "ws"), folder=folder, stage=stage)
+    assert len(measured) == len({*measured}) > 0
+    assert list(dict.fromkeys(told)) == ["all", "two"], "the others had nothing to run"
+
+
+def test_other_examples_are_another_run_and_another_task_is_another_claim():
+    file = ClaimFile("a", "addition-by-hand", "1" * 64, (), TaskSpec(examples=24))
+    claim = Claim("a", "sufficient", "faithfulness", {})
+    model = load_model("addition-by-hand")
+    subject = Subject(model, load_claims_task(model, file.task))
+
+    def terms(**fields: Any) -> tuple[str, dict[str, Any]]:
+        return terms_of(replace(file, task=replace(file.task, **fields)), claim, subject)
+
+    identity, first = terms()
+    assert terms(take="random") == (identity, {**first, "task_take": "random"})
+    assert terms(seed=9) == (identity, {**first, "task_seed": 9})
+    others = [
+        terms(**f)[0]
+        for f in (
+            {"metric": "kl"},
+            {"counterpart": "grey"},
+            {"labels": "names"},
+            {"one_class": "a"},
+        )
+    ]
+    assert len({identity, *others}) == 5
+
+
 EDIT = {
     "claim": "effect",
     "test": "edit-effect",
@@ -192,6 +315,12 @@ SUMS = {
         ((HOLDS,), {"model": "induction-by-hand"}, "stale"),
         ((HOLDS,), {"model": "x.py:f"}, "would run its own code"),
         ((HOLDS,), {"task": {"spec": "nonsense"}}, "nonsense"),
+        ((HOLDS,), {"task": {"spec": "x.py:f"}}, "names task 'x.py:f', which would run its own code"),
+        ((HOLDS,), {"task": {"data": "x.py:f"}}, "names data 'x.py:f', which would run its own code"),
+        ((HOLDS,), {"task": {"counterparts": "x.py:f"}}, "names counterparts 'x.py:f', which would run"),
+        ((HOLDS,), {"task": {"labels": "x.py:f"}}, "names labels 'x.py:f', which would run its own code"),
+        ((HOLDS,), {"task": {"one_class": "a"}}, "expected both classes, and data with images of them"),
+        ((HOLDS,), {"task": {"counterpart": "grey"}}, "counterpart 'grey' is of images"),
         (({"claim": "role", "test": "head-role", "with": {"heads": ["9.9"], "role": "induction"}},), {}, "9.9"),
         (({"claim": "role", "test": "head-role", "with": {"heads": ["0.0"], "role": "chef"}},), {}, "role 'chef'"),
         ((HOLDS, EDIT), {}, "nowhere"),

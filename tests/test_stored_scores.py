@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from circuits.cli import discovering
 from circuits.cli.main import run
 from circuits.discovery import (
     EdgeGraph,
@@ -316,7 +317,7 @@ def test_ten_million_edges_take_less_than_two_gigabytes(tmp_path: Path) -> None:
 def test_the_command_says_what_a_large_graph_takes_and_keeps_its_scores_with_the_work(
     large: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("circuits.cli.discovering.LIMIT", 10)
+    monkeypatch.setattr(discovering, "LIMIT", 10)
     words = (
         "discover addition-by-hand --neurons all --neuron-targets all --method eap --check 0 --size 40 --random 1 "
         "--random-rankings 0 --limit 8 --json"

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import pandas as pd
 import streamlit as st
 
 from apps.address import plain
-from circuits.claims import ClaimFile, Judged, Quantity, Report
+from circuits.claims import ClaimFile, Judged, Measured, Quantity, Report
 from circuits.claims.drawing import COLOURS, interval_svg
 from circuits.claims.report import page as html_of
 from circuits.claims.verdicts import Verdict
-from circuits.tables import Table, between, spread
+from circuits.tables import spread
 
 LISTED = 100
 """How many numbers of a claim are listed, the least sure first."""
@@ -52,8 +52,7 @@ def summary_panel(report: Report) -> None:
         "why": st.column_config.Column(width="large"),
     }
     st.dataframe(table, hide_index=True, column_config=widths)
-    summary = next(part for part in report.tables() if isinstance(part, Table))
-    st.caption(plain(summary.note))
+    st.caption(plain(report.summary.note))
 
 
 def _coloured(verdict: Verdict) -> str:
@@ -77,18 +76,16 @@ def claim_panel(judged: Judged) -> None:
         st.caption(plain(f"It is here although it is expected to be refuted: {claim.why}"))
     st.markdown(plain(judged.why + "."))
     if measured.quantities:
-        _numbers(measured.quantities)
+        _numbers(measured)
     for note in measured.notes:
         st.caption(plain(note + "."))
-    settings = ", ".join(f"{name} {value}" for name, value in claim.settings.items())
-    about = f"; {measured.examples}; seed {measured.seed}" if measured.examples else ""
-    st.caption(plain(f"Test {claim.test} ({settings}){about}."))
+    st.caption(plain(judged.conditions))
     _history(judged)
 
 
-def _numbers(quantities: Sequence[Quantity]) -> None:
+def _numbers(measured: Measured) -> None:
     """Numbers over the claimed region, with p-values and nulls, the least sure first."""
-    by_doubt = sorted(quantities, key=lambda q: -q.p_holds)
+    by_doubt = measured.by_doubt
     columns = {
         "number": st.column_config.Column(width=165),
         "drawn": st.column_config.ImageColumn("claimed (grey)", width=125),
@@ -103,17 +100,18 @@ def _numbers(quantities: Sequence[Quantity]) -> None:
         st.caption(
             f"{len(by_doubt) - LISTED:d} more numbers, which hold more surely, are in the report."
         )
-    for null in dict.fromkeys(f"{q.null_is} ({len(q.null)} draws)" for q in quantities if q.null):
+    for null in dict.fromkeys(
+        f"{q.null_is} ({len(q.null)} draws)" for q in measured.quantities if q.null
+    ):
         st.caption(plain(f"Null: {null}."))
 
 
 def _row(q: Quantity) -> dict[str, object]:
     image = base64.b64encode(interval_svg(q, _DRAWING).encode()).decode()
-    interval = "exact" if q.exact else between(q.low, q.high)
     value = f"{q.value:.4g} {q.unit}".strip()
     return {
         "number": q.name, "drawn": f"data:image/svg+xml;base64,{image}",
-        "value": f"{value} ({interval})", "claimed": str(q.region), "p for": q.p_holds, "p against": q.p_refuted,
+        "value": f"{value} ({q.interval})", "claimed": str(q.region), "p for": q.p_holds, "p against": q.p_refuted,
         "null": spread(q.null),
     }  # fmt: skip
 
@@ -130,8 +128,8 @@ def _history(judged: Judged) -> None:
     st.dataframe(
         [
             {
-                "earlier run": run.registered, "verdict": run.verdict or "not ended",
-                "changed since": ", ".join(f"{k} was {a}, is {b}" for k, (a, b) in run.changed.items()) or "nothing",
+                "earlier run": run.registered, "verdict": run.outcome,
+                "changed since": ", ".join(run.changes) or "nothing",
             }
             for run in made.earlier
         ],
@@ -144,7 +142,7 @@ def planned_panel(file: ClaimFile) -> None:
     st.info("Not verified yet.")
     rows = [
         {
-            "claim": c.name, "settings": ", ".join(f"{name} {value}" for name, value in c.settings.items()),
+            "claim": c.name, "settings": c.settings_line,
             "expected": c.expect, "statement": c.statement, "test": c.test,
         }
         for c in file.claims

@@ -8,26 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from circuits.claims.parts import Ablation
 from circuits.claims.verdicts import ALPHA, Expected
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """Which task claims are about.
-
-    Attributes:
-        spec: the task's name or file, as `load_task` takes it; empty for the model's own.
-        examples: how many examples are drawn for both halves.
-        seed: of the examples and of their halves.
-        metric: the metric; the task's own if empty.
-        data: the data of tasks that need some.
-    """
-
-    spec: str = ""
-    examples: int = 200
-    seed: int = 0
-    metric: str = ""
-    data: str = ""
+from circuits.tasks.spec import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -80,6 +63,11 @@ class Claim:
     why: str = ""
     circuit: CircuitSpec | None = None
 
+    @property
+    def settings_line(self) -> str:
+        """The settings in one line: `least 0.9, most 1.1`."""
+        return ", ".join(f"{name} {value}" for name, value in self.settings.items())
+
 
 @dataclass(frozen=True)
 class ClaimFile:
@@ -107,7 +95,7 @@ class ClaimFile:
     claims: tuple[Claim, ...]
     task: TaskSpec = field(default_factory=TaskSpec)
     circuit: CircuitSpec = field(default_factory=CircuitSpec)
-    ablation: str = "counterpart"
+    ablation: Ablation = "counterpart"
     shift: int = 0
     roles: Mapping[str, str] = field(default_factory=dict)
     about: str = ""

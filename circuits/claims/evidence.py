@@ -17,7 +17,13 @@ import numpy as np
 from jaxtyping import Float
 from scipy import optimize, stats
 
-from circuits.experiments.statistics import totals
+from circuits.experiments.statistics import (
+    Interval,
+    cluster_means,
+    n_clusters,
+    residuals,
+    standard_error,
+)
 
 _SURE = 1e-12
 """Changes smaller than this share of the largest value are rounding."""
@@ -97,12 +103,62 @@ def p_outside(evidence: Evidence, region: Region) -> float:
     return float(np.minimum(1.0, 2 * np.min(sides)))
 
 
+def is_clear(evidence: Evidence, level: float) -> bool:
+    """Whether a number can be told from 0: its interval at this level is known and does not hold 0."""
+    return Interval(evidence.value, *evidence.interval(level)).clear
+
+
+@dataclass(frozen=True)
+class _TTest:
+    """Student's t-test of one estimate.
+
+    Attributes:
+        value: the estimate.
+        error: its standard error; NaN if the sample says nothing about it, 0 if the sample has no spread.
+        n: the number of independent examples; the test has n - 1 degrees of freedom.
+    """
+
+    value: float
+    error: float
+    n: int
+
+    def above(self, bound: float) -> float:
+        """See `Evidence.above`."""
+        return self._tail(self._t(bound))
+
+    def below(self, bound: float) -> float:
+        """See `Evidence.below`."""
+        return self._tail(-self._t(bound))
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """See `Evidence.interval`; NaN where a sample without spread is too small for the level."""
+        if math.isnan(self.error) or (self.error == 0 and 0.5**self.n > (1 - level) / 2):
+            return math.nan, math.nan
+        half = self.error * float(stats.t.ppf((1 + level) / 2, self.n - 1))
+        return self.value - half, self.value + half
+
+    def _t(self, bound: float) -> float:
+        if self.error == 0:
+            on_it = math.isclose(self.value, bound, rel_tol=1e-9, abs_tol=1e-12)
+            return 0.0 if on_it else math.copysign(math.inf, self.value - bound)
+        return (self.value - bound) / self.error
+
+    def _tail(self, t: float) -> float:
+        if math.isnan(self.error):
+            return math.nan
+        # Without spread the sample says no more than that all clusters lie on one side of the bound: the sign test. A
+        # value on the bound itself counts as within the region.
+        if self.error == 0:
+            return 0.5**self.n if t >= 0 else 1.0
+        return float(stats.t.sf(t, self.n - 1))
+
+
 @dataclass(frozen=True, eq=False)
 class Mean:
     """A mean over examples that come in clusters: a t-test on the clusters' residuals.
 
-    The standard error is that of a ratio of two cluster totals, the sum of values and the number of examples, by
-    linearisation (Cochran 1977, section 6.3); with one example a cluster this is Student's t.
+    The standard error is that of a ratio of two totals by cluster, the sum of values and the number of examples (see
+    `statistics.standard_error`); with one example in each cluster this is Student's t-test.
 
     Attributes:
         values: one for each example.
@@ -113,66 +169,37 @@ class Mean:
     clusters: Sequence[int]
 
     @cached_property
-    def _sums(self) -> tuple[float, float, int]:
-        """The mean, its standard error, and the number of clusters."""
-        sums, counts = totals(np.asarray(self.values, float), None, self.clusters)
-        n, mean = len(counts), float(sums.sum() / counts.sum())
+    def _t(self) -> _TTest:
+        mean, off, counts = residuals(self.values, self.clusters)
+        n = len(counts)
         if n < 2:
-            return mean, math.nan, n
-        off = sums - mean * counts
+            return _TTest(float(mean), math.nan, n)
         # What rounding leaves of values that are all the same is no spread.
         scale = _SURE * max(1e-300, float(np.abs(self.values).max())) * counts.max()
         off = np.where(np.abs(off) <= scale, 0.0, off)
-        return mean, float(np.sqrt(n / (n - 1) * (off**2).sum()) / counts.sum()), n
+        return _TTest(float(mean), float(standard_error(off, counts)), n)
 
     @property
     def size(self) -> tuple[int, int]:
         """See `Evidence.size`."""
-        return len(self.values), len(set(self.clusters))
+        return len(self.values), n_clusters(self.clusters)
 
     @property
     def value(self) -> float:
         """The mean."""
-        return self._sums[0]
+        return self._t.value
 
     def above(self, bound: float) -> float:
         """See `Evidence.above`; NaN with fewer than two clusters."""
-        return _tail(_t(self._sums, bound), self._sums)
+        return self._t.above(bound)
 
     def below(self, bound: float) -> float:
         """See `Evidence.below`; NaN with fewer than two clusters."""
-        return _tail(-_t(self._sums, bound), self._sums)
+        return self._t.below(bound)
 
     def interval(self, level: float) -> tuple[float, float]:
         """See `Evidence.interval`; NaN where a sample without spread is too small for the level."""
-        return _t_interval(self._sums, level)
-
-
-def _t(sums: tuple[float, float, int], bound: float) -> float:
-    mean, error, _ = sums
-    if error == 0:
-        on_it = math.isclose(mean, bound, rel_tol=1e-9, abs_tol=1e-12)
-        return 0.0 if on_it else math.copysign(math.inf, mean - bound)
-    return (mean - bound) / error
-
-
-def _t_interval(sums: tuple[float, float, int], level: float) -> tuple[float, float]:
-    mean, error, n = sums
-    if math.isnan(error) or (error == 0 and 0.5**n > (1 - level) / 2):
-        return math.nan, math.nan
-    half = error * float(stats.t.ppf((1 + level) / 2, n - 1))
-    return mean - half, mean + half
-
-
-def _tail(t: float, sums: tuple[float, float, int]) -> float:
-    _, error, n = sums
-    if math.isnan(error):
-        return math.nan
-    # Without spread the sample says no more than that all clusters lie on one side of the bound: the sign test. A value
-    # on the bound itself counts as within the region.
-    if error == 0:
-        return 0.5**n if t >= 0 else 1.0
-    return float(stats.t.sf(t, n - 1))
+        return self._t.interval(level)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +222,7 @@ class Ratio:
     @property
     def size(self) -> tuple[int, int]:
         """See `Evidence.size`."""
-        return len(self.top), len(set(self.clusters))
+        return len(self.top), n_clusters(self.clusters)
 
     @property
     def value(self) -> float:
@@ -219,8 +246,7 @@ class Ratio:
 
     def interval(self, level: float) -> tuple[float, float]:
         """See `Evidence.interval`; NaN if the denominator cannot be told from 0 at this level."""
-        low, high = Mean(self.bottom, self.clusters).interval(level)
-        if not (low > 0 or high < 0):
+        if not is_clear(Mean(self.bottom, self.clusters), level):
             return math.nan, math.nan
         return _inverted(self, level, self.value)
 
@@ -264,18 +290,19 @@ class Share:
 
     @cached_property
     def _sums(self) -> tuple[float, int]:
-        sums, counts = totals(np.asarray(self.values, float), None, self.clusters)
-        total = float((sums / counts).sum())
+        """The sum of the clusters' means, and the number of clusters."""
+        means = cluster_means(self.values, self.clusters)
+        total = float(means.sum())
         if not math.isfinite(total):
             raise ValueError(
                 "an outcome is not a number on some example: expected numbers from 0 to 1"
             )
-        return round(total, 9), len(counts)
+        return round(total, 9), len(means)
 
     @property
     def size(self) -> tuple[int, int]:
         """See `Evidence.size`."""
-        return len(self.values), len(set(self.clusters))
+        return len(self.values), n_clusters(self.clusters)
 
     @property
     def value(self) -> float:
@@ -324,6 +351,7 @@ class Loss:
 
     @cached_property
     def _both(self) -> tuple[Mean, Share]:
+        """The t-test, and the exact test of what is lost alone."""
         return Mean(self.values, self.clusters), Share(np.clip(self.values, 0, 1), self.clusters)
 
     @property
@@ -363,7 +391,7 @@ class Auroc:
     negative: Float[np.ndarray, " other"]
 
     @cached_property
-    def _sums(self) -> tuple[float, float, int]:
+    def _t(self) -> _TTest:
         def placed(one: np.ndarray, others: np.ndarray) -> np.ndarray:
             others = np.sort(others)
             both = np.searchsorted(others, one, "left") + np.searchsorted(others, one, "right")
@@ -375,31 +403,31 @@ class Auroc:
         )
         n, m = len(first), len(second)
         if min(n, m) < 2:
-            return float(first.mean()), math.nan, min(n, m)
+            return _TTest(float(first.mean()), math.nan, min(n, m))
         error = math.sqrt(first.var(ddof=1) / n + second.var(ddof=1) / m)
-        return float(first.mean()), error, min(n, m)
+        return _TTest(float(first.mean()), error, min(n, m))
 
     @property
     def value(self) -> float:
         """The share of pairs in which the example of the feature scores higher, ties one half."""
-        return self._sums[0]
+        return self._t.value
 
     @property
     def size(self) -> tuple[int, int]:
         """All examples, and the number of the rarer kind."""
-        return len(self.positive) + len(self.negative), self._sums[2]
+        return len(self.positive) + len(self.negative), self._t.n
 
     def above(self, bound: float) -> float:
         """See `Evidence.above`."""
-        return _tail(_t(self._sums, bound), self._sums)
+        return self._t.above(bound)
 
     def below(self, bound: float) -> float:
         """See `Evidence.below`."""
-        return _tail(-_t(self._sums, bound), self._sums)
+        return self._t.below(bound)
 
     def interval(self, level: float) -> tuple[float, float]:
         """See `Evidence.interval`."""
-        low, high = _t_interval(self._sums, level)
+        low, high = self._t.interval(level)
         return max(low, 0.0), min(high, 1.0)
 
 

@@ -6,7 +6,7 @@ gigabytes), no key twice, one document.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -15,11 +15,14 @@ import yaml
 
 from circuits.checks import clipped
 from circuits.claims.catalogue import KINDS, TESTS
-from circuits.claims.claim import CircuitSpec, Claim, ClaimFile, TaskSpec
+from circuits.claims.claim import CircuitSpec, Claim, ClaimFile
 from circuits.claims.parts import ABLATIONS
 from circuits.claims.verdicts import ALPHA, Expected
+from circuits.examples import How
 from circuits.files import replacing
 from circuits.json_files import read_text
+from circuits.tasks.images import Kind
+from circuits.tasks.spec import TaskSpec
 from circuits.units import unknown
 
 LAYOUT = 1
@@ -154,7 +157,7 @@ def _file(raw: Any) -> ClaimFile:
         )
     roles = _mapping(own.get("roles", {}), "roles")
     return ClaimFile(
-        claims=claims, task=_task(own.get("task")), circuit=circuit, ablation=ablation,
+        claims=claims, task=task_from_yaml(own.get("task")), circuit=circuit, ablation=ablation,
         shift=_number(own.get("shift", 0), "shift", -(2**31), 2**31, whole=True),
         roles={part: _text(role, f"roles.{part}") for part, role in roles.items()},
         seed=_number(own.get("seed", 0), "seed", 0, 2**32 - 1, whole=True),
@@ -206,15 +209,40 @@ def _claim(raw: Any, where: str) -> Claim:
     return Claim(kind=kind, test=name, settings=settings, expect=expect, circuit=circuit, **texts)
 
 
-def _task(raw: Any) -> TaskSpec:
+_TASK_TEXTS = (
+    "spec", "metric", "data", "text", "labels", "counterparts", "one_class", "other_class",
+)  # fmt: skip
+_TAKES = tuple(way for way in get_args(How) if way != "given")
+
+
+def task_from_yaml(raw: Any, where: str = "task") -> TaskSpec:
+    """How a task is made, from what YAML or JSON holds: its name, or all that `TaskSpec.to_dict` gives.
+
+    Args:
+        raw: what it holds; None for the model's own task.
+        where: what holds it, for messages.
+
+    Raises:
+        ValueError: if it is not of that form.
+    """
     if raw is None or isinstance(raw, str):
         return TaskSpec(raw or "")
-    own = _mapping(raw, "task", tuple(f.name for f in fields(TaskSpec)))
-    texts = {name: _text(own.get(name, ""), f"task.{name}") for name in ("spec", "metric", "data")}
+    own = _mapping(raw, where, tuple(f.name for f in fields(TaskSpec)))
+    texts = {name: _text(own.get(name, ""), f"{where}.{name}") for name in _TASK_TEXTS}
+    kind = own.get("counterpart")
     return TaskSpec(
-        examples=_number(own.get("examples", 200), "task.examples", 2, 10**6, whole=True),
-        seed=_number(own.get("seed", 0), "task.seed", 0, 2**32 - 1, whole=True), **texts,
+        examples=_number(own.get("examples", 200), f"{where}.examples", 2, 10**6, whole=True),
+        seed=_number(own.get("seed", 0), f"{where}.seed", 0, 2**32 - 1, whole=True),
+        take=_choice(own.get("take", "spread"), f"{where}.take", _TAKES),
+        counterpart=None if kind is None else _choice(kind, f"{where}.counterpart", get_args(Kind)),
+        most_active=_number(own.get("most_active", 0), f"{where}.most_active", 0, 10**6, whole=True), **texts,
     )  # fmt: skip
+
+
+def _choice(raw: Any, where: str, known: Sequence[str]) -> Any:
+    if raw not in known:
+        raise ValueError(f"{where} {clipped(repr(raw))}: expected one of {', '.join(known)}")
+    return raw
 
 
 _WAYS = ("saved", "file", "edges", "units")
@@ -279,7 +307,7 @@ def to_yaml(file: ClaimFile) -> dict[str, Any]:
     """A claim file as YAML holds it, every setting written out."""
     made: dict[str, Any] = {"circuits_claims": LAYOUT}
     made |= {name: getattr(file, name) for name in _TEXTS if getattr(file, name)}
-    made["task"] = _given(file.task)
+    made["task"] = file.task.to_dict()
     if file.circuit.given:
         made["circuit"] = _given(file.circuit)
         made["ablation"] = file.ablation
@@ -290,7 +318,7 @@ def to_yaml(file: ClaimFile) -> dict[str, Any]:
     return made
 
 
-def _given(spec: TaskSpec | CircuitSpec) -> dict[str, Any]:
+def _given(spec: CircuitSpec) -> dict[str, Any]:
     found = {f.name: getattr(spec, f.name) for f in fields(spec)}
     return {name: _plain(value) for name, value in found.items() if value or value == 0}
 
@@ -325,7 +353,8 @@ def claims_schema() -> dict[str, Any]:
     text, some = {"type": "string"}, {"type": "string", "minLength": 1}
     seed = _whole(0, 2**32 - 1)
     task = {
-        "spec": text, "metric": text, "data": text, "examples": _whole(2, 10**6), "seed": seed,
+        **dict.fromkeys(_TASK_TEXTS, text), "examples": _whole(2, 10**6), "seed": seed, "take": {"enum": list(_TAKES)},
+        "counterpart": {"enum": list(get_args(Kind))}, "most_active": _whole(0, 10**6),
     }  # fmt: skip
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

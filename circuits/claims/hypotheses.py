@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from circuits.experiments.statistics import totals
+from circuits.experiments.statistics import cluster_means
 
 _POWER = 0.8
 _TRIALS = 40
@@ -29,17 +29,11 @@ def shi_equivalence_p(
         clusters: a number for each example, shared by those that are not independent.
         eps: how far from one half is still equivalent.
     """
-    total, n = _cluster_means(wins, clusters)
+    means = cluster_means(wins, clusters)
+    n = len(means)
     k = np.arange(n + 1)
-    off = np.abs(k / n - 0.5) >= abs(total.sum() / n - 0.5) - 1e-12
+    off = np.abs(k / n - 0.5) >= abs(means.sum() / n - 0.5) - 1e-12
     return float(min(1.0, stats.binom.pmf(k[off], n, 0.5 + eps).sum()))
-
-
-def _cluster_means(
-    values: Float[np.ndarray, " example"], clusters: Sequence[int]
-) -> tuple[Float[np.ndarray, " cluster"], int]:
-    sums, counts = totals(np.asarray(values, float), None, clusters)
-    return sums / counts, len(counts)
 
 
 def hsic_p(
@@ -64,7 +58,7 @@ def hsic_p(
     Returns:
         The statistic, its p-value (1 + k) / (1 + draws), and the statistics of the permutations.
     """
-    x, y = (_cluster_means(v, clusters)[0] for v in (first, second))
+    x, y = (cluster_means(v, clusters) for v in (first, second))
     own, null = _hsic(x, y, draws, np.random.default_rng(seed))
     return own, (1 + int((null >= own * (1 - 1e-9)).sum())) / (1 + draws), tuple(null.tolist())
 
@@ -72,6 +66,7 @@ def hsic_p(
 def _hsic(
     x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], draws: int, rng: np.random.Generator
 ) -> tuple[float, Float[np.ndarray, " draw"]]:
+    """The (biased) estimate of Gretton et al. (2008), tr(K H L H) / n^2, and that of each permutation."""
     n = len(x)
     K, L = _centred(_gram(x)), _gram(y)
     null = np.empty(draws)
@@ -94,11 +89,21 @@ def _centred(K: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
 def blind_below(
     score: Float[np.ndarray, " example"], clusters: Sequence[int], alpha: float, seed: int
 ) -> float:
-    """The smallest correlation with a score that the test of independence sees in four of five samples of this size.
+    """The smallest correlation with a score that the test of independence detects with a power of .8.
 
-    It is found by trying: linear mixtures of the score's ranks with noise. 1 if none is seen.
+    It is found by trying linear mixtures of the score's normal scores with Gaussian noise, on samples of this size.
+
+    Args:
+        score: the model's score.
+        clusters: a number for each example, shared by those that are not independent.
+        alpha: the level of the test.
+        seed: of the noise and the permutations.
+
+    Returns:
+        A correlation from .05 to .95; 1 if none of them is detected.
     """
-    x, n = _cluster_means(score, clusters)
+    x = cluster_means(score, clusters)
+    n = len(x)
     if n < 4 or np.ptp(x) == 0:
         return 1.0
     ranks = stats.norm.ppf((stats.rankdata(x) - 0.5) / n)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from circuits.claims.claim import ClaimFile, TaskSpec
+from circuits.claims.claim import ClaimFile
 from circuits.claims.files import read_claims, to_yaml, write_claims
 from circuits.claims.parts import ABLATIONS
 from circuits.claims.report import read_report
@@ -208,9 +208,8 @@ def check_no_code(file: ClaimFile, instead: str) -> None:
         file: the claims.
         instead: what to do to use it all the same, for messages.
     """
-    task: TaskSpec = file.task
     where = f"claim file {file.name!r}"
-    for what, name in (("model", file.model), ("task", task.spec), ("data", task.data)):
+    for what, name in {"model": file.model, **file.task.names}.items():
         from_file(what, name, where, instead)
     for text in _texts([claim["with"] for claim in to_yaml(file)["claims"]]):
         from_file("code", text, where, instead)

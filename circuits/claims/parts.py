@@ -5,7 +5,7 @@ Tests of claims about a circuit work with sets of parts and do not ask which kin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -42,10 +42,8 @@ class Parts(Protocol):
 
     Attributes:
         model: the model.
-        names: of the parts.
-        classes: a number for each part, shared by those of one kind in one layer.
-        word: what a part is called, in the plural.
-        ablations: those that such parts can be ablated by.
+        word: what parts are called, in the plural.
+        ablations: the ways in which such parts can be ablated.
     """
 
     model: HookedModel
@@ -53,26 +51,33 @@ class Parts(Protocol):
     ablations: tuple[str, ...]
 
     @property
-    def names(self) -> tuple[str, ...]: ...
+    def names(self) -> tuple[str, ...]:
+        """The name of each part."""
+        ...
 
     @property
-    def classes(self) -> Int[np.ndarray, " part"]: ...
+    def classes(self) -> Int[np.ndarray, " part"]:
+        """A number for each part, shared by those of one kind in one layer."""
+        ...
 
     def mask(self, names: Sequence[str]) -> Mask:
         """Which parts are named; KeyError if one is unknown."""
         ...
 
     def connected(self, kept: Mask) -> Mask:
-        """The parts that can have an effect with all others ablated."""
-        ...
+        """The parts that can have an effect with all others ablated; all, unless a class says otherwise."""
+        return kept
 
     def restorable(self, kept: Mask) -> bool:
-        """Whether restoring a circuit in the corrupted run says something: not if it holds the model's whole input."""
-        ...
+        """Whether restoring a circuit in the corrupted run says something: not if it holds the model's whole input.
+
+        Always, unless a class says otherwise.
+        """
+        return True
 
     def like(self, kept: Mask, rng: np.random.Generator) -> Mask:
-        """A random circuit with as many parts of each kind in each layer, connected where possible."""
-        ...
+        """A random circuit with as many parts of each class, connected where possible."""
+        return drawn_like(self.classes, kept, rng)
 
     def values(
         self,
@@ -87,12 +92,15 @@ class Parts(Protocol):
         With `noising` the clean run is changed: parts outside the circuit carry what the ablation gives them. With
         `denoising` the corrupted run is changed: parts outside the circuit carry what they carry in the clean run, so
         that the empty circuit is the clean run.
+
+        Raises:
+            ValueError: if such parts cannot be ablated in this way.
         """
         ...
 
 
-class EdgeParts:
-    """Edges of a graph; see `Parts`."""
+class EdgeParts(Parts):
+    """Edges of a graph. All circuits are restorable: of an input that is restored only their own edges carry on."""
 
     word = "edges"
     ablations: tuple[str, ...] = ABLATIONS
@@ -112,23 +120,15 @@ class EdgeParts:
 
     @property
     def classes(self) -> Int[np.ndarray, " part"]:
-        """See `EdgeGraph.classes`."""
         return self.graph.classes
 
     def mask(self, names: Sequence[str]) -> Mask:
-        """See `Parts.mask`."""
         return self.graph.mask(names)
 
     def connected(self, kept: Mask) -> Mask:
-        """See `Parts.connected`."""
         return self.graph.connected(kept)
 
-    def restorable(self, kept: Mask) -> bool:
-        """Always: of an input that is restored only the circuit's own edges carry on."""
-        return True
-
     def like(self, kept: Mask, rng: np.random.Generator) -> Mask:
-        """See `Parts.like`."""
         return random_circuit(self.graph, kept, rng)
 
     def values(
@@ -139,7 +139,6 @@ class EdgeParts:
         direction: Direction,
         progress: Progress | None = None,
     ) -> Float[np.ndarray, "circuit example"]:
-        """See `Parts.values`."""
         key = (task.hash, task.half, ablation)
         if key not in self._runs:
             shift = self._shift if ablation == "counterpart" else 0
@@ -154,15 +153,15 @@ _OUTSIDE: Mapping[str, Outside] = {
 }  # fmt: skip
 
 
-class UnitParts:
-    """Units at some sites; see `Parts`.
+class UnitParts(Parts):
+    """Units at some sites. All are connected: a unit's input and output are never cut off.
 
     Without sites these are a transformer's heads, and its embedding and MLPs as one part each; of sites that are named
     every unit is a part.
     """
 
     word = "units"
-    ablations: tuple[str, ...] = ("counterpart", "mean", "mean-by-position", "zero")
+    ablations: tuple[str, ...] = tuple(_OUTSIDE)
 
     def __init__(
         self, model: HookedModel, sites: Sequence[str] = (), *, batch: int = BATCH, seed: int = 0
@@ -190,7 +189,7 @@ class UnitParts:
         return np.array(self._site_of)
 
     def mask(self, names: Sequence[str]) -> Mask:
-        """See `Parts.mask`; a name may be `SITE:1,2,5-9`, or a site with all of its units.
+        """Which parts are named; a name may be `SITE:1,2,5-9`, or a site with all of its units.
 
         Raises:
             ValueError: if only some units are named of a site that is one part.
@@ -205,12 +204,8 @@ class UnitParts:
                 )
         return np.array(found) > 0
 
-    def connected(self, kept: Mask) -> Mask:
-        """All: a unit's input and output are never cut off."""
-        return kept
-
     def restorable(self, kept: Mask) -> bool:
-        """See `Parts.restorable`: where the whole embedding is restored, all that is computed from it follows."""
+        # Where the whole embedding is restored, all that is computed from it follows.
         first = self.model.embedding.name if isinstance(self.model.input, TokenInput) else ""
         own = [
             k
@@ -218,10 +213,6 @@ class UnitParts:
             if self.sites[number].name == first
         ]
         return not own or not all(own)
-
-    def like(self, kept: Mask, rng: np.random.Generator) -> Mask:
-        """See `Parts.like`: as many units of each site."""
-        return drawn_like(self.classes, kept, rng)
 
     def values(
         self,
@@ -231,15 +222,9 @@ class UnitParts:
         direction: Direction,
         progress: Progress | None = None,
     ) -> Float[np.ndarray, "circuit example"]:
-        """See `Parts.values`.
-
-        Raises:
-            ValueError: if units cannot be ablated so.
-        """
         if ablation not in _OUTSIDE:
             raise ValueError(
-                f"ablation {ablation}: a circuit of units takes one of {', '.join(_OUTSIDE)}; a circuit of edges takes "
-                "all"
+                f"ablation {ablation}: units take one of {', '.join(_OUTSIDE)}; edges take all"
             )
         if direction == "denoising" and ablation != "counterpart":
             raise ValueError(f"ablation {ablation}: denoising needs a run on counterparts")
@@ -268,14 +253,17 @@ def drawn_like(
     rng: np.random.Generator,
     among: Mask | None = None,
 ) -> Mask:
-    """A random set with as many parts of each class as another, or as many as there are among some."""
+    """A random set with as many parts of each class as another.
+
+    Args:
+        classes: a number for each part.
+        kept: the other set.
+        rng: draws them.
+        among: the parts that may be drawn, all of a class where it has fewer; every part if None.
+    """
     found = np.zeros(len(kept), bool)
     for c in np.unique(classes[kept]).tolist():
         own = np.flatnonzero((classes == c) & (True if among is None else among))
         n = min(int((kept & (classes == c)).sum()), len(own))
         found[rng.choice(own, n, replace=False)] = True
     return found
-
-
-Draw = Callable[[np.random.Generator], Mask]
-"""Draws a random set of parts."""

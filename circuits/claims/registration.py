@@ -21,6 +21,8 @@ from circuits.hdf5 import file_hash
 
 KIND = "claim"
 
+_TASK, _DRAWN = ("spec", "metric", "data"), ("examples", "seed", "take")
+
 _FILES = (".py", ".json", ".csv", ".tsv", ".npz", ".npy")
 
 
@@ -39,6 +41,16 @@ class Earlier:
     settings: Mapping[str, Any]
     verdict: str
     changed: Mapping[str, tuple[Any, Any]]
+
+    @property
+    def outcome(self) -> str:
+        """The verdict, or that there is none."""
+        return self.verdict or "not ended"
+
+    @property
+    def changes(self) -> list[str]:
+        """What is different now, a setting each: `least was 0.8, is 0.9`."""
+        return [f"{name} was {then}, is {now}" for name, (then, now) in self.changed.items()]
 
 
 @dataclass(frozen=True)
@@ -64,14 +76,18 @@ def terms_of(file: ClaimFile, claim: Claim, subject: Subject) -> tuple[str, dict
     """What is claimed about what, hashed, and the terms under which it is tested."""
     parts = [] if subject.parts is None or subject.kept is None else _names(subject)
     spec = file.task
+    # How examples are drawn is no part of the claim: drawing others is another run of it.
+    more = {k: v for k, v in spec.to_dict().items() if k not in (*_TASK, *_DRAWN)}
     about = {
-        "model": subject.model.hash, "task": [spec.spec, spec.metric, spec.data], "circuit": parts,
+        "model": subject.model.hash, "circuit": parts,
+        "task": [*(getattr(spec, name) for name in _TASK), *([more] if more else [])],
         "ablation": subject.ablation, "shift": file.shift, "claim": claim.kind, "test": claim.test,
-        "statement": claim.statement, "named": _named(claim), "files": _files(claim, subject),
+        "statement": claim.statement, "named": _named(claim), "files": hashes_of(claim, subject.folder),
     }  # fmt: skip
     terms = {
         **_plain(claim.settings), "seed": file.seed, "alpha": file.alpha, "tests": len(file.claims),
         "expect": claim.expect, "task_seed": spec.seed, "task_examples": spec.examples, "task_hash": subject.task.hash,
+        **({} if spec.take == "spread" else {"task_take": spec.take}),
     }  # fmt: skip
     return digest(about), terms
 
@@ -81,13 +97,8 @@ def _named(claim: Claim) -> dict[str, Any]:
     return {name: v for name, v in _plain(claim.settings).items() if isinstance(v, str | list)}
 
 
-def _files(claim: Claim, subject: Subject) -> dict[str, str]:
-    """The hashes of files that a claim names, code or labels: one that was edited makes another claim."""
-    return hashes_of(claim, subject.folder)
-
-
 def hashes_of(claim: Claim, folder: Path) -> dict[str, str]:
-    """The hashes of files below a folder that a claim's settings name, by name."""
+    """The hashes of files below a folder that a claim's settings name, by name: an edited file makes another claim."""
     named = {text.partition(":")[0] for text in claim.settings.values() if isinstance(text, str)}
     paths = {name: folder / name for name in sorted(named) if Path(name).suffix in _FILES}
     return {name: file_hash(path) for name, path in paths.items() if path.is_file()}

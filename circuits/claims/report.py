@@ -11,7 +11,7 @@ from circuits.claims.verifying import Judged, Report
 from circuits.errors import line
 from circuits.files import replacing, write_json
 from circuits.json_files import read_json
-from circuits.tables import Table, between
+from circuits.tables import between
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b;
@@ -53,7 +53,7 @@ def read_report(path: Path) -> Report:
 def page(report: Report) -> str:
     """The report as HTML."""
     file = report.file
-    summary = next(part for part in report.tables() if isinstance(part, Table))
+    summary = report.summary
     rows = "".join(
         f"<tr><td><a href='#c{i}'>{escape(j.claim.name)}</a><td>{escape(j.claim.test)}<td>{_verdict(j)}"
         f"<td>{escape(j.claim.expect)}<td>{escape(j.why)}</tr>"
@@ -85,9 +85,8 @@ def _verdict(judged: Judged) -> str:
 
 def _section(i: int, judged: Judged) -> str:
     claim, measured = judged.claim, judged.measured
-    rows = "".join(_row(q) for q in sorted(measured.quantities, key=lambda q: -q.p_holds))
+    rows = "".join(_row(q) for q in measured.by_doubt)
     notes = "".join(f"<p class=note>{escape(note)}.</p>" for note in measured.notes)
-    settings = ", ".join(f"{name} {value}" for name, value in claim.settings.items())
     table = (
         "<table><tr><th>number<th>value<th>interval, and the claimed region (grey)<th>claimed<th>p for<th>p against"
         f"<th>null</tr>{rows}</table>"
@@ -102,8 +101,7 @@ def _section(i: int, judged: Judged) -> str:
     return (
         f"<h2 id=c{i}>{escape(claim.name)} {_verdict(judged)}</h2><p>{escape(claim.statement)}</p>{expected}"
         f"<p>{escape(judged.why)}.</p>{table}{notes}"
-        f"<p class=note>Test {escape(claim.test)} ({escape(settings)}); {escape(measured.examples)}; seed "
-        f"{measured.seed}. {_history(judged)}</p>"
+        f"<p class=note>{escape(judged.conditions)} {_history(judged)}</p>"
     )
 
 
@@ -115,12 +113,7 @@ def _history(judged: Judged) -> str:
     if not made.earlier:
         return said + "No earlier run."
     runs = "; ".join(
-        f"{escape(run.registered)} {escape(run.verdict or 'not ended')}"
-        + "".join(
-            f", {escape(k)} was {escape(str(a))}, is {escape(str(b))}"
-            for k, (a, b) in run.changed.items()
-        )
-        for run in made.earlier
+        escape(", ".join((f"{run.registered} {run.outcome}", *run.changes))) for run in made.earlier
     )
     return f"{said}Earlier runs: {runs}."
 
@@ -131,8 +124,7 @@ def _row(q: Quantity) -> str:
         if q.null
         else ""
     )
-    interval = "exact" if q.exact else between(q.low, q.high)
     return (
-        f"<tr><td>{escape(q.name)}<td>{q.value:.4g} {escape(q.unit)}<td>{interval_svg(q)}{escape(interval)}<td>"
+        f"<tr><td>{escape(q.name)}<td>{q.value:.4g} {escape(q.unit)}<td>{interval_svg(q)}{escape(q.interval)}<td>"
         f"{escape(str(q.region))}<td>{q.p_holds:.3g}<td>{q.p_refuted:.3g}<td>{null}</tr>"
     )

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.claims.claim import CircuitSpec
-from circuits.claims.evidence import Mean, Ratio, Region
+from circuits.claims.evidence import Mean, Ratio, Region, is_clear
 from circuits.claims.parts import EdgeParts, Mask
 from circuits.claims.settings import ClaimTest, Parameter, Settings
 from circuits.claims.subject import Subject, circuit_of
@@ -92,8 +92,7 @@ def specificity(subject: Subject, settings: Settings, level: Level) -> Measured:
         for name, task in tasks.items()
     }
     for name, rows in made.items():
-        low, high = Mean(rows[0].effect, rows[0].clusters).interval(level.each)
-        if not (low > 0 or high < 0):
+        if not is_clear(Mean(rows[0].effect, rows[0].clusters), level.each):
             why = f"the model's own effect on {name} cannot be told from 0 under mean ablation"
             return subject.cannot(why)
     own = subject.task.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from circuits.claims.claim import CircuitSpec, ClaimFile, TaskSpec
-from circuits.claims.evidence import Mean, Ratio
+from circuits.claims.claim import CircuitSpec, ClaimFile
+from circuits.claims.evidence import Mean, Ratio, is_clear
 from circuits.claims.parts import ABLATIONS, Ablation, EdgeParts, Mask, Parts, UnitParts
 from circuits.claims.verdicts import Measured
 from circuits.discovery import edge_graph, edges_of
 from circuits.discovery.evaluating import check_apart
 from circuits.discovery.formats import read_edges
 from circuits.discovery.found import graph_of
+from circuits.errors import line
 from circuits.experiments.patched_runs import Direction
 from circuits.experiments.statistics import LEVEL
 from circuits.factories import from_file
@@ -27,9 +28,9 @@ from circuits.graph.saved import load_circuit
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.tables import between
-from circuits.tasks.builtin import load_task
 from circuits.tasks.halves import LEAST
 from circuits.tasks.metrics import Metric
+from circuits.tasks.spec import TaskSpec
 from circuits.tasks.task import Task
 from circuits.workspace import Workspace
 
@@ -82,7 +83,7 @@ class Subject:
             ValueError: if hardly any are left.
         """
         half = self.task.test
-        new = [i for i in range(len(half)) if half.examples.identity(i) not in self.seen]
+        new = unseen(half, self.seen)
         if len(new) == len(half):
             return half
         if len(new) < LEAST:
@@ -94,20 +95,23 @@ class Subject:
 
     @cached_property
     def seen(self) -> frozenset[str]:
-        """The identities of all examples on which the circuit was found or evaluated, as far as it says which."""
+        """The identities of all examples on which the circuit was found or evaluated, as far as it says which.
+
+        Raises:
+            ValueError: if an earlier version saved it, and its task cannot be made again.
+        """
         made = {} if self.found is None else self.found.graph.get("made", {})
-        seen = set(made.get("found_on", ()))
-        if made.get("examples"):
-            spec = TaskSpec(str(made["task"]), int(made["examples"]), int(made.get("seed", 0)))
-            before = load_claims_task(self.model, spec).examples
-            seen |= {before.identity(i) for i in range(len(before))}
+        seen = {*made.get("found_on", ()), *made.get("evaluated_on", ())}
+        if "evaluated_on" not in made and made.get("examples"):
+            seen |= {*_drawn_then(self.model, made)}
         return frozenset(seen)
 
-    @property
+    @cached_property
     def find(self) -> Task:
         """The half on which thresholds, subsets and directions may be chosen."""
-        check_apart(self.task.find, self.test)
-        return self.task.find
+        half = self.task.find
+        check_apart(half, self.test)
+        return half
 
     @property
     def circuit(self) -> tuple[Parts, Mask]:
@@ -167,9 +171,8 @@ class Subject:
         ablation: Ablation | None = None,
     ) -> tuple[Values, Values]:
         """The metric without any part, m(0), and with all, m(N), on each example."""
-        parts, _ = self.circuit
-        n = len(parts.names)
-        none, full = np.zeros(n, bool), np.ones(n, bool)
+        _, kept = self.circuit
+        none, full = np.zeros_like(kept), np.ones_like(kept)
         empty, whole = self.values([none, full], task=task, metric=metric, ablation=ablation)
         return empty, whole
 
@@ -191,12 +194,12 @@ class Subject:
         task = task or self.test
         empty, whole = self.ends(task, ablation=ablation)
         effect = Mean(whole - empty, task.clusters)
-        low, high = effect.interval(level)
-        if low > 0 or high < 0:
+        if is_clear(effect, level):
             return ""
         return (
             f"the model's own effect on {task.name}, {effect.value:.3g} {task.metric.unit or task.metric.name} "
-            f"(interval {between(low, high)}), cannot be told from 0 under {ablation or self.ablation} ablation"
+            f"(interval {between(*effect.interval(level))}), cannot be told from 0 under {ablation or self.ablation} "
+            "ablation"
         )
 
     def cannot(self, why: str) -> Measured:
@@ -215,53 +218,86 @@ class Subject:
         return f"{len(task)} examples of {task.name} ({task.half} half), {len(set(task.clusters))} independent{left}"
 
 
+def _drawn_then(model: HookedModel, made: Mapping[str, Any]) -> list[str]:
+    """The examples of a circuit of an earlier version, which says how many were drawn of a task, and its name."""
+    try:
+        spec = TaskSpec(str(made["task"]), int(made["examples"]), int(made.get("seed", 0)))
+        return load_claims_task(model, spec).examples.identities
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(
+            "the circuit does not say on which examples it was evaluated, and its task cannot be made again "
+            f"({line(error)}): expected one that `circuits discover` saved since"
+        ) from error
+
+
+def unseen(task: Task, seen: Collection[str]) -> list[int]:
+    """Which examples of a task are not among some, given by their identities (see `Examples.identity`)."""
+    return [i for i, identity in enumerate(task.examples.identities) if identity not in seen]
+
+
 # --- loading -----------------------------------------------------------------------------------------
 
 
-def load_claims_task(model: HookedModel, spec: TaskSpec) -> Task:
+def load_claims_task(model: HookedModel, spec: TaskSpec, folder: Path = Path()) -> Task:
     """The task that claims are about.
 
+    Args:
+        model: the model.
+        spec: how the task is made.
+        folder: where a file of labels is looked for.
+
     Raises:
-        KeyError, FileNotFoundError, ValueError: as `load_task`.
+        KeyError, FileNotFoundError, ValueError: as `TaskSpec.compile`, or if making it would run code that is not
+            trusted.
     """
-    data = (
-        from_file("data", spec.data, "claim file", "take data that is none of your own code")
-        if spec.data
-        else ""
-    )
-    return load_task(
-        model, spec.spec, n=spec.examples, seed=spec.seed, metric=spec.metric, data=data
-    )
+    for what, name in spec.names.items():
+        without_code(name, what)
+    return spec.compile(model, folder)
+
+
+def without_code(name: str, what: str = "data") -> str:
+    """What a claim file names, as it is.
+
+    Args:
+        name: the name.
+        what: what it names, for messages.
+
+    Raises:
+        ValueError: if opening it would run code that is not trusted.
+    """
+    return from_file(what, name, "claim file", f"name {what} that is opened without code")
 
 
 def subject_of(
-    file: ClaimFile, model: HookedModel, place: Workspace, folder: Path, task: Task | None = None
+    file: ClaimFile,
+    model: HookedModel,
+    place: Workspace,
+    folder: Path,
+    progress: Progress | None = None,
 ) -> Subject:
     """What the claims of a file are about.
 
     Args:
         file: the claims.
         model: their model.
-        task_spec: how the task is made.
         place: the workspace in which circuits are saved.
         folder: the file's folder, in which files that it names are looked for.
-        task: the task, if it was made before.
+        progress: called with the work done and the total of one measurement.
 
     Raises:
         KeyError: if the circuit has parts that the model lacks.
         FileNotFoundError: if a file is missing.
         ValueError: if something does not fit.
     """
-    task = task or load_claims_task(model, file.task)
     subject = Subject(
-        model, task, ablation=_ablation(file.ablation), seed=file.seed, task_spec=file.task, place=place,
-        folder=folder,
+        model, load_claims_task(model, file.task, folder), ablation=file.ablation, seed=file.seed, task_spec=file.task,
+        place=place, folder=folder, progress=progress,
     )  # fmt: skip
-    return about(subject, file.circuit, file.shift) if file.circuit.given else subject
+    return with_circuit(subject, file.circuit, file.shift) if file.circuit.given else subject
 
 
-def about(subject: Subject, circuit: CircuitSpec, shift: int = 0) -> Subject:
-    """The same model and task with a circuit.
+def with_circuit(subject: Subject, circuit: CircuitSpec, shift: int = 0) -> Subject:
+    """The same model and task with a circuit; of one chosen from the same parts, what is known stays known.
 
     Raises:
         KeyError, FileNotFoundError, ValueError: as `subject_of`.
@@ -271,14 +307,10 @@ def about(subject: Subject, circuit: CircuitSpec, shift: int = 0) -> Subject:
     )
     if not kept.any():
         raise ValueError("circuit: it has no parts; expected at least one")
+    own = subject.parts
+    if own is not None and (own.word, own.names) == (parts.word, parts.names):
+        return replace(subject, kept=kept, found=found)
     return replace(subject, parts=parts, kept=kept, found=found, _known={})
-
-
-def _ablation(name: str) -> Ablation:
-    for known in ABLATIONS:
-        if name == known:
-            return known  # type: ignore[return-value]
-    raise ValueError(f"ablation {name!r}: expected one of {', '.join(ABLATIONS)}")
 
 
 def circuit_of(
@@ -289,7 +321,22 @@ def circuit_of(
     shift: int = 0,
     seed: int = 0,
 ) -> tuple[Parts, Mask, CircuitGraph | None]:
-    """A circuit by its description: what it is chosen from, which parts it has, and the saved circuit it is."""
+    """A circuit by its description.
+
+    Args:
+        spec: the description.
+        model: the model.
+        place: the workspace in which circuits are saved.
+        folder: where a file of edges is looked for.
+        shift: see `discovery.score_edges`.
+        seed: of what ablations draw.
+
+    Returns:
+        What it is chosen from, which of these parts it has, and the saved circuit, if it is one.
+
+    Raises:
+        KeyError, FileNotFoundError, ValueError: as `subject_of`.
+    """
     if spec.units:
         parts: Parts = UnitParts(model, spec.sites, seed=seed)
         return parts, parts.mask(spec.units), None

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from circuits.claims.claim import TaskSpec
-from circuits.claims.evidence import Loss, Mean, Region, Share
+from circuits.claims.evidence import Loss, Mean, Region, Share, is_clear
 from circuits.claims.hypotheses import blind_below, hsic_p, shi_equivalence_p
 from circuits.claims.parts import ABLATIONS
 from circuits.claims.settings import ClaimTest, Parameter, Settings
-from circuits.claims.subject import Subject, load_claims_task
+from circuits.claims.subject import Subject, load_claims_task, unseen
 from circuits.claims.verdicts import Level, Measured, Quantity, quantity
 from circuits.tasks.metrics import accuracy
+from circuits.tasks.spec import TaskSpec
 from circuits.tasks.task import Task
 
 DRAWS = 999
@@ -139,8 +139,7 @@ def accuracy_kept(subject: Subject, settings: Settings, level: Level) -> Measure
         return subject.cannot(why)
     _, kept = subject.circuit
     empty, whole = subject.ends(metric=accuracy)
-    low, high = Mean(whole - empty, subject.test.clusters).interval(level.each)
-    if not (low > 0 or high < 0):
+    if not is_clear(Mean(whole - empty, subject.test.clusters), level.each):
         return subject.cannot(
             "the model is right no more often than with every part ablated: there is nothing to lose"
         )
@@ -230,20 +229,22 @@ def independence(subject: Subject, settings: Settings, level: Level) -> Measured
 def breaking_inputs(subject: Subject, settings: Settings, level: Level) -> Measured:
     """How often inputs of the task's own grammar break the circuit, and which break it most.
 
-    Inputs are drawn by another seed than the file's; an input breaks the circuit if it is off by more than a share of
-    the model's mean effect.
+    Inputs are drawn by another seed than the file's, without those that were seen; an input breaks the circuit if it is
+    off by more than a share of the model's mean effect.
     """
     if why := subject.no_effect(level=level.each):
         return subject.cannot(why)
     _, kept = subject.circuit
-    known = {subject.task.examples.identity(i) for i in range(len(subject.task))}
+    known = {*subject.task.examples.identities, *subject.seen}
     spec = subject.task_spec
     drawn = load_claims_task(
-        subject.model, replace(spec, seed=spec.seed + 1 + subject.seed, examples=settings["inputs"])
+        subject.model,
+        replace(spec, seed=spec.seed + 1 + subject.seed, examples=settings["inputs"]),
+        subject.folder,
     )
-    new = [i for i in range(len(drawn)) if drawn.examples.identity(i) not in known]
+    new = unseen(drawn, known)
     if len(new) < 2:
-        why = f"task {drawn.name} has no other inputs than those {len(known)}: nothing was searched"
+        why = f"task {drawn.name} has no other inputs than {len(known)} known ones: nothing was searched"
         return subject.cannot(why)
     task = drawn.subset(new)
     empty, whole = subject.ends(subject.find)

@@ -15,11 +15,10 @@ from scipy import stats
 
 from circuits.claims.evidence import Auroc, Known, Region, Share
 from circuits.claims.settings import ClaimTest, Parameter, Settings
-from circuits.claims.subject import Subject
+from circuits.claims.subject import Subject, without_code
 from circuits.claims.verdicts import Level, Measured, quantity
 from circuits.examples import Examples
 from circuits.experiments.ablation import ablate
-from circuits.factories import from_file
 from circuits.families import measure_family
 from circuits.models.adapter.inputs import ImageInput
 from circuits.stimuli.labels import read_labels
@@ -130,9 +129,7 @@ def _shown(
 ) -> tuple[Examples, Float[np.ndarray, " example"], Bool[np.ndarray, " example"]]:
     """Examples of a dataset, the unit's largest answer to each, and which are of the named classes."""
     model = subject.model
-    source = open_source(
-        from_file("data", settings["data"], "claim file", "take data that is none of your own code")
-    )
+    source = open_source(without_code(settings["data"]))
     file = settings["labels"]
     labels = read_labels(source, model.classes, None if file == "names" else subject.folder / file)
     examples = Examples(model, source, settings["limit"], seed=subject.seed, labels=labels)

@@ -79,6 +79,11 @@ class Quantity:
     null_is: str = ""
     exact: bool = False
 
+    @property
+    def interval(self) -> str:
+        """The interval in words."""
+        return "exact" if self.exact else between(self.low, self.high)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self) | {"null": list(self.null)}
@@ -150,6 +155,11 @@ class Measured:
     details: dict[str, Any] = field(default_factory=dict)
     untestable: str = ""
     cannot_hold: str = ""
+
+    @property
+    def by_doubt(self) -> list[Quantity]:
+        """The numbers, those that hold least surely first."""
+        return sorted(self.quantities, key=lambda q: -q.p_holds)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it, but for numbers that are not finite."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -15,10 +15,11 @@ from circuits.claims.catalogue import TESTS
 from circuits.claims.claim import Claim, ClaimFile
 from circuits.claims.files import from_yaml, to_yaml
 from circuits.claims.registration import Earlier, Registration, conclude, earlier_runs, register
-from circuits.claims.subject import Subject, about, load_claims_task, subject_of
+from circuits.claims.subject import Subject, subject_of, with_circuit
 from circuits.claims.verdicts import Level, Measured, Verdict, exit_code
+from circuits.database import Database
 from circuits.factories import from_file
-from circuits.files import Keep, finite, keeping, make_now
+from circuits.files import Keep, finite, keeping
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
 from circuits.progress import Progress
@@ -51,6 +52,13 @@ class Judged:
     def as_expected(self) -> bool:
         """Whether the verdict is the one that the claim's author expects."""
         return self.verdict == self.claim.expect
+
+    @property
+    def conditions(self) -> str:
+        """The test with its settings, on which examples it was made, and its seed."""
+        claim, measured = self.claim, self.measured
+        on = f"; {measured.examples}; seed {measured.seed}" if measured.examples else ""
+        return f"Test {claim.test} ({claim.settings_line}){on}."
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it, but for numbers that are not finite."""
@@ -142,6 +150,13 @@ class Report:
 
     def tables(self) -> Iterator[Table | str]:
         """The verdicts, and the numbers behind each."""
+        yield self.summary
+        for judged in self.judged:
+            yield from _details(judged)
+
+    @property
+    def summary(self) -> Table:
+        """The verdicts, and in the note how often which was reached and how sure they are."""
         file = self.file
         level = Level(file.alpha, len(file.claims))
         rows = [
@@ -159,9 +174,7 @@ class Report:
             f"chance of any wrong verdict is at most {file.alpha:g} (Bonferroni: each at {1 - level.each:.2g}); "
             f"intervals are of the level {level.each:.4g}; seed {file.seed}"
         )
-        yield Table(("claim", "test", "verdict", "expected", "why"), rows, title, note)
-        for judged in self.judged:
-            yield from _details(judged)
+        return Table(("claim", "test", "verdict", "expected", "why"), rows, title, note)
 
 
 def _text(raw: Any) -> str:
@@ -176,10 +189,9 @@ _SHOWN = 8
 def _details(judged: Judged) -> Iterator[Table | str]:
     """The numbers of one claim, its notes, and its history."""
     measured = judged.measured
-    by_doubt = sorted(measured.quantities, key=lambda q: -q.p_holds)[:_SHOWN]
     rows = [
         (q.name, q.value, between(q.low, q.high), str(q.region), q.p_holds, q.p_refuted, spread(q.null))
-        for q in by_doubt
+        for q in measured.by_doubt[:_SHOWN]
     ]  # fmt: skip
     if rows:
         columns = ("number", "value", "interval", "claimed", "p (for)", "p (against)", "null")
@@ -189,20 +201,18 @@ def _details(judged: Judged) -> Iterator[Table | str]:
     yield from measured.notes
     made = judged.registration
     for run in () if made is None else made.earlier:
-        changed = ", ".join(
-            f"{name} was {then}, is {now}" for name, (then, now) in run.changed.items()
+        since = (
+            f"changed since: {', '.join(run.changes)}" if run.changes else "with the same settings"
         )
-        yield (
-            f"{judged.claim.name}: tested before, registered {run.registered}, {run.verdict or 'not ended'}"
-            + (f"; changed since: {changed}" if changed else "; with the same settings")
-        )
+        yield f"{judged.claim.name}: tested before, registered {run.registered}, {run.outcome}; {since}"
 
 
 def load(file: ClaimFile, folder: Path) -> HookedModel:
     """The model that claims are about.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: if there is none such, or its name would run code that nobody trusts.
+        FileNotFoundError, KeyError, ValueError: if there is no such model, or loading it would run code that is not
+            trusted.
     """
     spec = from_file(
         "model", file.model, f"claim file {file.name!r}", "load it and give it to verify"
@@ -235,38 +245,25 @@ def verify(
             is registered then.
         OSError: if the workspace cannot be written.
     """
-    if model is None:
-        spec = from_file(
-            "model", file.model, f"claim file {file.name!r}", "load it and give it to verify"
-        )
-        model = load_model(spec, Path(folder) / file.weights if file.weights else None)
+    folder = Path(folder)
+    model = model or load(file, folder)
     if not model.has_hash(file.model_hash):
         why = f"the model's hash is {model.hash[:16]} now, the claims are about {file.model_hash[:16]}"
         stale = tuple(Judged(c, "stale", why, Measured(())) for c in file.claims)
         return Report(file, model.hash, stale)
-    task = load_claims_task(model, file.task)
-    subject = subject_of(file, model, place, Path(folder), task)
+    running = _Running()
+    subject = subject_of(file, model, place, folder, running)
     level = Level(file.alpha, len(file.claims))
     database = place.writable().database
-    subjects = [
-        subject if c.circuit is None else about(subject, c.circuit, file.shift) for c in file.claims
-    ]
-    for claim, own in zip(file.claims, subjects, strict=True):
-        TESTS[claim.test].check(own, claim.settings)
-    # What came before is read first: claims of one file that differ in their settings only share a history.
-    before = [
-        earlier_runs(database, file, c, own) for c, own in zip(file.claims, subjects, strict=True)
-    ]
-    made = [
-        register(database, file, claim, own, runs)
-        for claim, own, runs in zip(file.claims, subjects, before, strict=True)
-    ]
+    subjects = _subjects(file, subject)
+    made = _registered(file, subjects, database)
     work = place.model_folder(model.hash) / "claims"
     judged = []
     for one, own in zip(made, subjects, strict=True):
         kept = work / one.terms[:16]
         kept.mkdir(parents=True, exist_ok=True)
-        judged.append(_judged(one, own, level, stage, keeping(kept)))
+        running.progress = stage(one.claim.name)
+        judged.append(_judged(one, own, level, keeping(kept)))
         conclude(database, own, one, judged[-1].verdict)
     for one in made:  # all is in the report now: the next verification computes everything again
         shutil.rmtree(work / one.terms[:16], ignore_errors=True)
@@ -276,14 +273,47 @@ def verify(
     return Report(file, model.hash, tuple(judged), size)
 
 
-def _judged(
-    made: Registration, subject: Subject, level: Level, stage: Stage, keep: Keep = make_now
-) -> Judged:
+class _Running:
+    """The progress of whichever claim is tested now."""
+
+    progress: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
+
+
+def _subjects(file: ClaimFile, subject: Subject) -> list[Subject]:
+    """What each claim is about; claims about the same circuit share what is computed of it."""
+    made = [(file.circuit, subject)]
+    for claim in file.claims:
+        own = claim.circuit
+        if own is not None and all(own != circuit for circuit, _ in made):
+            made.append((own, with_circuit(subject, own, file.shift)))
+    return [
+        next(s for circuit, s in made if circuit == (c.circuit or file.circuit))
+        for c in file.claims
+    ]
+
+
+def _registered(
+    file: ClaimFile, subjects: Sequence[Subject], database: Database
+) -> list[Registration]:
+    """All claims of a file, registered once the settings of every one were found to fit."""
+    claims = list(zip(file.claims, subjects, strict=True))
+    for claim, own in claims:
+        TESTS[claim.test].check(own, claim.settings)
+    # What came before is read first: claims of one file that differ in their settings only share a history.
+    before = [earlier_runs(database, file, claim, own) for claim, own in claims]
+    return [
+        register(database, file, claim, own, runs)
+        for (claim, own), runs in zip(claims, before, strict=True)
+    ]
+
+
+def _judged(made: Registration, subject: Subject, level: Level, keep: Keep) -> Judged:
     claim = made.claim
-    with_progress = replace(subject, progress=stage(claim.name))
-    raw = keep(
-        "measured", lambda: TESTS[claim.test].run(with_progress, claim.settings, level).to_dict()
-    )
+    raw = keep("measured", lambda: TESTS[claim.test].run(subject, claim.settings, level).to_dict())
     measured = Measured.from_dict(raw)
     verdict, why = measured.verdict(level.alpha)
     return Judged(claim, verdict, why, measured, made)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from circuits.checks import clipped
 from circuits.claims.catalogue import TESTS
-from circuits.claims.claim import CircuitSpec, Claim, ClaimFile, TaskSpec
+from circuits.claims.claim import CircuitSpec, Claim, ClaimFile
+from circuits.claims.files import task_from_yaml
 from circuits.claims.parts import Ablation
 from circuits.claims.subject import RESTORABLE, load_claims_task
 from circuits.discovery.found import edges_of
@@ -12,6 +17,7 @@ from circuits.edits.recipes import Recipe
 from circuits.edits.records import read_edit
 from circuits.graph.circuit import CircuitGraph
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.tasks.spec import TaskSpec
 
 USUAL = (
     ("faithfulness", "sufficient", "The circuit alone carries the behaviour."),
@@ -56,13 +62,25 @@ def task_of_circuit(
         KeyError, FileNotFoundError, ValueError: if the circuit was not found, or the task cannot be made.
     """
     edges_of(circuit)
-    made = circuit.graph["made"]
-    own = int(made.get("seed", 0)) + 1 if seed is None else seed
-    task = TaskSpec(
-        spec or str(made.get("task", "")), EXAMPLES if examples is None else examples, own
+    found = _found_on(circuit.graph["made"])
+    task = replace(
+        TaskSpec(spec) if spec else found,
+        examples=EXAMPLES if examples is None else examples,
+        seed=found.seed + 1 if seed is None else seed,
     )
+    if (
+        task.data
+    ):  # stretches of data end where they ended then: drawn from all of it, more examples are new
+        task = replace(task, take="random")
     load_claims_task(model, task)
     return task
+
+
+def _found_on(made: Mapping[str, Any]) -> TaskSpec:
+    """The task on which a circuit was found; known by its name alone if nothing more was kept."""
+    if kept := made.get("task_spec"):
+        return task_from_yaml(kept, "task_spec of the circuit")
+    return TaskSpec(str(made.get("task", "")), seed=int(made.get("seed", 0)))
 
 
 def claims_of_circuit(

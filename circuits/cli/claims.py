@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from typer import Typer
 
 from circuits.claims import KINDS, TESTS, claims_schema, write_claims
-from circuits.claims.claim import TaskSpec
 from circuits.claims.parts import Ablation
 from circuits.claims.writing import EXAMPLES, claims_of_circuit, claims_of_recipe, task_of_circuit
 from circuits.cli import options
@@ -16,6 +15,7 @@ from circuits.cli.recipes import recipe_of
 from circuits.cli.signatures import Within, argument, command, option
 from circuits.graph.saved import load_circuit
 from circuits.tables import Table
+from circuits.tasks.spec import TaskSpec
 
 app = Typer(
     help="Write a claim file from a saved circuit or a recipe, and list the tests that could refute claims.",
@@ -71,9 +71,7 @@ def new(
             circuit, found, loaded, model.spec, spec, ablation=ablation, **more
         )
     write_claims(out, file)
-    rows = [
-        (c.name, c.test, ", ".join(f"{k} {v}" for k, v in c.settings.items())) for c in file.claims
-    ]
+    rows = [(c.name, c.test, c.settings_line) for c in file.claims]
     output.show(
         {"file": str(out), "claims": [c.name for c in file.claims]},
         [

@@ -28,9 +28,9 @@ from circuits.stimuli.images import read_image
 from circuits.stimuli.sources import Source, open_source
 from circuits.tables import Table
 from circuits.tasks import Task
-from circuits.tasks.builtin import STATED, load_task, named_metric, paired_with, with_counterparts
-from circuits.tasks.contrasts import class_against_class, most_active
+from circuits.tasks.builtin import STATED, load_task
 from circuits.tasks.images import Kind
+from circuits.tasks.spec import TaskSpec
 from circuits.workspace import ModelRecord, Workspace
 
 
@@ -388,12 +388,7 @@ class PairsTask:
             KeyError: if there is no such task or metric.
             ValueError: if what is given does not go together, or does not fit the model.
         """
-        if self.data and self.text:
-            raise ValueError(f"--data {self.data!r} does not go with --text")
-        if self.task and self.task not in STATED and (self.data or self.text):
-            raise ValueError(
-                f"--task {self.task!r} has its own examples: leave out --data and --text"
-            )
+        self._check()
         source = open_source(self.data) if self.data else None
         task = load_task(
             model, self.task, n=self.limit, seed=seed, how=self.take, data=source or "",
@@ -402,6 +397,15 @@ class PairsTask:
         if source is not None and task.examples.account:
             note(task.examples.account)
         return task
+
+    def _check(self) -> None:
+        """Raise ValueError if examples are named in two ways."""
+        if self.data and self.text:
+            raise ValueError(f"--data {self.data!r} does not go with --text")
+        if self.task and self.task not in STATED and (self.data or self.text):
+            raise ValueError(
+                f"--task {self.task!r} has its own examples: leave out --data and --text"
+            )
 
     def _asked(self, model: HookedModel, source: Source | None) -> dict[str, Any]:
         """More that `load_task` takes."""
@@ -436,24 +440,19 @@ class CounterpartTask(PairsTask):
     )] = None  # fmt: skip
 
     def compile(self, model: HookedModel, seed: int) -> Task:
+        self._check()
         if self.one_class or self.other_class:
-            return self._against(model, seed)
-        task = super().compile(model, seed)
-        if self.most_active is not None:
-            task = most_active(task, self.most_active)
-        if self.counterparts:
-            if self.counterpart is not None:
-                raise ValueError(
-                    f"--counterparts {self.counterparts!r} does not go with --counterpart {self.counterpart}"
-                )
-            return paired_with(task, self.counterparts)
-        return task if self.counterpart is None else with_counterparts(task, self.counterpart, seed)
+            self._check_against()
+        task = TaskSpec(
+            self.task, self.limit, seed, self.metric, self.data, self.text, self.take, self.labels, self.counterpart,
+            self.counterparts, self.one_class, self.other_class, self.most_active or 0,
+        ).compile(model)  # fmt: skip
+        if self.data and task.examples.account:
+            note(task.examples.account)
+        return task
 
-    def _asked(self, model: HookedModel, source: Source | None) -> dict[str, Any]:
-        return super()._asked(model, source) | {"labels": known_labels(model, source, self.labels)}
-
-    def _against(self, model: HookedModel, seed: int) -> Task:
-        """The task of telling two classes apart."""
+    def _check_against(self) -> None:
+        """Raise ValueError unless two classes can be told apart."""
         if not (self.one_class and self.other_class and self.data):
             raise ValueError(
                 f"--class {self.one_class!r}, --other-class {self.other_class!r}: expected both classes, and --data "
@@ -464,12 +463,6 @@ class CounterpartTask(PairsTask):
                 raise ValueError(
                     f"--{name.replace('_', '-')} {getattr(self, name)!r} does not go with --class and --other-class"
                 )
-        source = open_source(self.data)
-        labels = known_labels(model, source, self.labels or "names") or []
-        task = class_against_class(
-            model, source, labels, self.one_class, self.other_class, n=self.limit, seed=seed
-        )
-        return task.with_metric(named_metric(model, self.metric)) if self.metric else task
 
 
 def known_labels(model: HookedModel, source: Source | None, labels: str) -> list[int] | None:

@@ -41,7 +41,7 @@ def resampled(task: Task, seed: int) -> Task:
     examples, rng = task.examples, np.random.default_rng(seed)
     texts = isinstance(task.model.input, TokenInput)
     lengths = [len(examples.load(i)) if texts else 0 for i in range(len(examples))]
-    names = [examples.identity(i) for i in range(len(examples))]
+    names = examples.identities
     same = {length: [i for i, own in enumerate(lengths) if own == length] for length in {*lengths}}
     drawn = []
     for i, length in enumerate(lengths):

@@ -585,8 +585,8 @@ def evaluate(
 
 def check_apart(find: Task, test: Task) -> None:
     """Raise ValueError if two tasks share an example."""
-    seen = {find.examples.identity(i) for i in range(len(find))}
-    both = [i for i in range(len(test)) if test.examples.identity(i) in seen]
+    seen = {*find.examples.identities}
+    both = [i for i, identity in enumerate(test.examples.identities) if identity in seen]
     if both:
         raise ValueError(
             f"example {test.examples.names[both[0]]!r} of the {test.half} task is also in the {find.half} task: a "

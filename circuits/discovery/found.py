@@ -94,7 +94,7 @@ def circuit_graph(
         how: how they were chosen.
         again: in which share of bootstraps each edge was found.
     """
-    made, find = CircuitGraph(), task.find
+    made, find, test = CircuitGraph(), task.find, task.test
     model = graph.model
     edges = np.flatnonzero(kept).tolist()
     used, mean = {*graph.ends[edges, 0].tolist()}, scores.mean
@@ -110,8 +110,8 @@ def circuit_graph(
         "model": model.name, "model_hash": model.hash, ORDER: [site.name for site in model.sites],
         "made": {
             "by": "discover", "grain": graph.grain, "graph": dict(graph.choices), "task": task.name,
-            "task_hash": task.hash, "examples": len(task) if task.half == "all" else 0,
-            "found_on": [find.examples.identity(i) for i in range(len(find))],
+            "task_hash": task.hash, "task_spec": dict(task.spec),
+            "found_on": find.examples.identities, "evaluated_on": test.examples.identities,
             "metric": scores.metric, "method": scores.method,
             "settings": dict(scores.settings), **how, "seed": scores.record.seed,
             "edges": [list(graph.edges[e]) for e in edges],

@@ -65,9 +65,9 @@ class Cost:
         return cls(n_edges, n_examples, sets, 4 * n_edges * n_examples * sets, memory)
 
     def __str__(self) -> str:
-        beside = f", {self.sets} times with those to compare with," if self.sets > 1 else ""
+        more = f", {self.sets} times with those to compare with," if self.sets > 1 else ""
         return (
-            f"{self.n_edges} edges: their scores on {self.n_examples} examples{beside} take {said(self.disk)} of disk, "
+            f"{self.n_edges} edges: their scores on {self.n_examples} examples{more} take {said(self.disk)} of disk, "
             f"and all of it about {said(self.memory)} of memory"
         )
 

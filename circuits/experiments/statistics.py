@@ -139,6 +139,18 @@ def totals(
     return (values * weights) @ member, weights @ member
 
 
+def cluster_means(
+    values: Float[np.ndarray, " example"], clusters: Sequence[int]
+) -> Float[np.ndarray, " cluster"]:
+    """The mean of each cluster.
+
+    >>> cluster_means(np.array([1.0, 3.0, 5.0]), [7, 7, 9]).tolist()
+    [2.0, 5.0]
+    """
+    sums, counts = totals(np.asarray(values, float), None, clusters)
+    return sums / counts
+
+
 def interval(
     values: Float[np.ndarray, " example"],
     *,
@@ -324,13 +336,37 @@ def paired_ps(
     return np.where(np.isnan(rows).all(-1), np.nan, p)
 
 
+def residuals(
+    values: Float[np.ndarray, "... example"], clusters: Sequence[int] | None = None
+) -> tuple[
+    Float[np.ndarray, "..."], Float[np.ndarray, "... cluster"], Float[np.ndarray, " cluster"]
+]:
+    """Means over examples, by how much each cluster's sum differs from what they predict, and the clusters' sizes."""
+    sums, counts = totals(np.asarray(values, float), None, clusters)
+    means = np.asarray(sums.sum(-1) / counts.sum())
+    return means, sums - means[..., None] * counts, counts
+
+
+def standard_error(
+    residuals: Float[np.ndarray, "... cluster"], counts: Float[np.ndarray, " cluster"]
+) -> Float[np.ndarray, "..."]:
+    """The standard error of means: that of a ratio of sums over clusters, linearised (Cochran 1977, section 6.3).
+
+    Args:
+        residuals: those of at least two clusters, see `residuals`.
+        counts: the clusters' sizes.
+    """
+    n = len(counts)
+    return np.asarray(np.sqrt(n / (n - 1) * (residuals**2).sum(-1)) / counts.sum())
+
+
 def mean_ps(
     values: Float[np.ndarray, "row example"], clusters: Sequence[int] | None = None
 ) -> Float[np.ndarray, " row"]:
     """Two-sided p-values of t-tests that means are 0, over clusters of examples.
 
-    The mean's standard error is that of a ratio of sums over clusters (linearised), with n - 1 degrees of freedom for n
-    clusters; of clusters of one size this is the t-test of their means.
+    For n clusters it has n - 1 degrees of freedom and the `standard_error` of a ratio of sums; for clusters of one size
+    this is the t-test of their means.
 
     Args:
         values: one value for each example.
@@ -339,13 +375,11 @@ def mean_ps(
     Returns:
         0 where all clusters have the same mean and it is not 0, 1 where it is; NaN with fewer than two clusters.
     """
-    sums, counts = totals(np.asarray(values, float), None, clusters)
-    n, size = len(counts), counts.sum()
+    mean, left, counts = residuals(values, clusters)
+    n = len(counts)
     if n < 2:
-        return np.full(len(sums), np.nan)
-    mean = sums.sum(1) / size
-    left = sums - mean[:, None] * counts
-    error = np.sqrt(n / (n - 1) * (left**2).sum(1)) / size
+        return np.full(len(mean), np.nan)
+    error = standard_error(left, counts)
     # Where clusters differ by rounding alone, the error is rounding too.
     t = np.divide(np.abs(mean), error, out=np.full(len(mean), np.inf), where=error > 0)
     return np.where(mean == 0, 1.0, 2 * stats.t.sf(t, n - 1))

@@ -127,6 +127,7 @@ class Task:
         left_out: what was left out, by reason.
         split: the half that each example is in. A subset inherits it from the whole task, so that no example that a
             search saw can end up in the test half of another subset. None: it is drawn when a half is asked for.
+        spec: how it can be made again, as `TaskSpec.to_dict` gives it; empty if that is not known.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Task:
     about: str = ""
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     split: tuple[Literal["find", "test", "neither"], ...] | None = None
+    spec: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.examples)

@@ -58,18 +58,25 @@ class Algorithm:
     function: Function
     hash: str = ""
 
-    def answer(self, inputs: Inputs, given: Mapping[str, Any] | None = None) -> int:
+    def answer(
+        self, inputs: Inputs, given: Mapping[str, Any] | None = None, most: int | None = None
+    ) -> int:
         """The answer, with some variables set.
 
         Args:
             inputs: tokens, or the label or name of an image.
             given: values of variables that an intervention sets.
+            most: the last token or class that the model puts out; any answer is taken if None.
 
         Raises:
             KeyError: if the function names no such variable on these inputs.
-            ValueError: if the function raises, or its answer is no whole number; with its file and line.
+            ValueError: if the function raises (with its file and line), or its answer is not a whole number, or not
+                one from 0 to `most`.
         """
-        return self._run(inputs, given or {})[0]
+        found = self._run(inputs, given or {})[0]
+        if most is not None and not 0 <= found <= most:
+            raise ValueError(f"algorithm {self.name!r} answers {found}: expected 0 to {most}")
+        return found
 
     def variables(self, inputs: Inputs) -> dict[str, Any]:
         """The value of each variable, in the order in which the function names them.

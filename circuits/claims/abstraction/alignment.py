@@ -2,7 +2,7 @@
 
 Geiger et al. (2024). An orthonormal basis is learned such that interchange along it makes the model answer as the
 algorithm does, on pairs of the `find` half; it is judged on the `test` half. A search finds something in many networks:
-the same search in the network with shuffled weights, and for answers dealt out at random, stand beside it. At what one
+so the same search is made in the network with shuffled weights, and for answers dealt out at random. At what one
 linear layer alone reads (neurons of an MLP, outputs of heads) the basis is split into what that layer reads and what
 it cannot: a direction that works only through both together tells nothing of what the model computes (Makelov et al.
 2023).
@@ -263,15 +263,16 @@ def alignment(subject: Subject, settings: Settings, level: Level) -> Measured:
     if width > most:
         raise ValueError(f"width {width}: expected at most {most}, the numbers at {place}")
     find, test = Deck(subject.find), Deck(subject.test)
-    judged = asked(test, algorithm, intervention, test.deal(subject.seed)).differing
-    if why := too_few(judged, intervention, len(test.deal(subject.seed))):
-        return Measured((), subject.said(), subject.seed, untestable=why)
+    dealt = test.deal(subject.seed)
+    judged = asked(test, algorithm, intervention, dealt).differing
+    if why := too_few(judged, intervention, len(dealt)):
+        return subject.cannot(why)
     fitted = asked(find, algorithm, intervention, find.draw(settings["pairs"], subject.seed))
     search = Search(find, place, width, settings["steps"], subject.seed)
     trial = _Trial(subject, search, test, fitted, judged)
     basis, values = trial.own()
     found = _quantities(trial, values, settings, level)
-    notes = [agreement(test, algorithm, test.deal(subject.seed)), trial.whole()]
+    notes = [agreement(test, algorithm, dealt), trial.whole()]
     parts, note = trial.halves(basis)
     if parts is not None:
         kept = settings["keep"]
@@ -290,7 +291,15 @@ def alignment(subject: Subject, settings: Settings, level: Level) -> Measured:
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """A search with what stands beside it, judged on the test half."""
+    """A search and the searches that it is compared with, judged on the test half.
+
+    Attributes:
+        subject: the model and the seed of what is shuffled.
+        search: finds bases.
+        test: the examples of the test half.
+        fitted: pairs of the find half, on which bases are found.
+        judged: pairs of the test half whose answer changes.
+    """
 
     subject: Subject
     search: Search
@@ -333,8 +342,8 @@ class _Trial:
         reader = sole_reader(model, site, self.test)
         if reader is None:
             return None, (
-                f"no linear layer alone reads {site.name}: what is read and what is not cannot be told apart, and the "
-                "shuffled network and random answers alone speak"
+                f"no linear layer alone reads {site.name}: what is read and what is not cannot be told apart, so that "
+                "only the shuffled network and random answers can refute it"
             )
         name, weights = reader
         parts = split(basis, weights[:, place.columns(site)])

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.claims.abstraction.algorithms import ALGORITHMS, Algorithm, load_algorithm
-from circuits.claims.abstraction.pairs import Asked, Deck, Pair, asked, check_places
+from circuits.claims.abstraction.pairs import Asked, Deck, Pair, asked
 from circuits.claims.abstraction.places import Intervention, Mixing, Place
 from circuits.claims.evidence import Region, Share
 from circuits.claims.settings import ClaimTest, Parameter, Settings
@@ -31,7 +31,7 @@ from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.progress import Progress
 from circuits.tasks.metrics import accuracy
-from circuits.tasks.task import TaskBatch
+from circuits.tasks.task import TaskBatch, output_width
 
 LEAST_PAIRS = 4
 """With fewer independent pairs nothing is tested."""
@@ -110,14 +110,6 @@ class Interchange:
             found += [(row, first[row] + position) for position in positions]
         return torch.tensor(found)
 
-    def fits(self, pair: Pair) -> bool:
-        """Whether the places have as many positions in the source as in the base."""
-        both = (
-            (self.deck.positions(p, pair.base), self.deck.positions(p, pair.source))
-            for p in self.places
-        )
-        return all(a is None or b is None or len(a) == len(b) for a, b in both)
-
     def outcomes(
         self,
         pairs: Sequence[Pair],
@@ -150,7 +142,7 @@ def _then(first: Change | None, then: Change) -> Change:
 
 
 def interchange(subject: Subject, settings: Settings, level: Level) -> Measured:
-    """The interchange intervention accuracy of each intervention, beside that of a rival algorithm."""
+    """The interchange intervention accuracy of each intervention, and for comparison that of a rival algorithm."""
     algorithm, rival = named(subject, settings)
     interventions = parsed(subject.model, settings["variables"])
     deck = Deck(subject.test)
@@ -160,7 +152,7 @@ def interchange(subject: Subject, settings: Settings, level: Level) -> Measured:
     for intervention in interventions:
         made = asked(deck, algorithm, intervention, pairs).differing
         if why := too_few(made, intervention, len(pairs)):
-            return Measured((), subject.said(), subject.seed, untestable=why)
+            return subject.cannot(why)
         one = Interchange(deck, tuple(intervention.places.values()))
         values = one.outcomes(made.pairs, made.counterfactual, progress=subject.progress)
         found.append(quantity(
@@ -198,14 +190,16 @@ def parsed(model: HookedModel, texts: Sequence[str]) -> list[Intervention]:
     if not found:
         raise ValueError("variables: expected at least one")
     for intervention in found:
-        check_places(model, intervention)
+        for place in intervention.places.values():
+            place.site(model)
     return found
 
 
 def agreement(deck: Deck, algorithm: Algorithm, pairs: Sequence[Pair]) -> str:
     """How often the model and the algorithm agree without any intervention."""
-    inputs = [deck.inputs(pair.base) for pair in pairs]
-    task = deck.as_task("bases", pairs, [algorithm.answer(one) for one in inputs])
+    most = output_width(deck.model) - 1
+    answers = [algorithm.answer(deck.inputs(pair.base), most=most) for pair in pairs]
+    task = deck.as_task("bases", pairs, answers)
     share = float(run(deck.model, [], task, measures=[accuracy]).values[accuracy.name][0].mean())
     return f"without intervention the model gives the answer of {algorithm.name} on {share:.1%} of the bases"
 
@@ -226,7 +220,7 @@ def _null(one: Interchange, made: Asked) -> dict[str, Any]:
     pairs = exchanged(made.pairs)
     answers = [a for a, pair in zip(made.counterfactual, pairs, strict=True) if pair is not None]
     there = [pair for pair in pairs if pair is not None]
-    if not there or any(not one.fits(pair) for pair in there):
+    if not there or not all(one.deck.fits(one.places, pair) for pair in there):
         return {}
     share = float(one.outcomes(there, answers).mean())
     return {"null": (share,), "null_is": "values from another pair's source"}
@@ -247,7 +241,7 @@ def exchanged(pairs: Sequence[Pair]) -> list[Pair | None]:
 def _against(
     one: Interchange, made: Asked, rival: Algorithm, intervention: Intervention, accuracy_: float
 ) -> str:
-    """What the rival's accuracy is on the same pairs, beside the share on which the two algorithms agree."""
+    """The rival's accuracy on the same pairs, and the share on which the two algorithms agree, in words."""
     theirs = asked(one.deck, rival, intervention, made.pairs).counterfactual
     same = float(np.mean([a == b for a, b in zip(theirs, made.counterfactual, strict=True)]))
     share = float(one.outcomes(made.pairs, theirs).mean())

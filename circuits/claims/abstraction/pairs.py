@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +11,6 @@ import numpy as np
 from circuits.claims.abstraction.algorithms import Algorithm, Inputs
 from circuits.claims.abstraction.places import Intervention, Place, Positions
 from circuits.examples import Examples
-from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.tasks.metrics import accuracy
 from circuits.tasks.task import Question, Task, output_width
@@ -150,6 +149,15 @@ class Deck:
             example.stop + 1, question.spans, self.task.examples.names[example.index]
         )
 
+    def fits(self, places: Iterable[Place], pair: Pair) -> bool:
+        """Whether places have as many positions in a pair's source as in its base.
+
+        Raises:
+            KeyError, ValueError: as `Place.positions`.
+        """
+        both = ((self.positions(p, pair.base), self.positions(p, pair.source)) for p in places)
+        return all(a is None or b is None or len(a) == len(b) for a, b in both)
+
     # --- as a task -------------------------------------------------------------------------------
 
     def as_task(self, name: str, pairs: Sequence[Pair], answers: Sequence[int]) -> Task:
@@ -226,44 +234,21 @@ def asked(
         if example not in known:
             inputs = deck.inputs(example)
             known[example] = (
-                _checked(algorithm, algorithm.answer(inputs), width),
+                algorithm.answer(inputs, most=width - 1),
                 algorithm.variables(inputs),
             )
         return known[example]
 
     kept, own, changed = [], [], []
     for pair in pairs:
-        if not _same_size(deck, intervention, pair):
+        if not deck.fits(intervention.places.values(), pair):
             continue
         values = run(pair.source)[1]
         lacking = next((name for name in intervention.variables if name not in values), None)
         if lacking is not None:
             raise unknown(f"variable of algorithm {algorithm.name!r}", lacking, values)
         given = {name: values[name] for name in intervention.variables}
-        answer = algorithm.answer(deck.inputs(pair.base), given)
         kept.append(pair)
         own.append(run(pair.base)[0])
-        changed.append(_checked(algorithm, answer, width))
+        changed.append(algorithm.answer(deck.inputs(pair.base), given, most=width - 1))
     return Asked(tuple(kept), tuple(own), tuple(changed))
-
-
-def _checked(algorithm: Algorithm, answer: int, width: int) -> int:
-    if not 0 <= answer < width:
-        raise ValueError(
-            f"algorithm {algorithm.name!r} answers {answer}: expected 0 to {width - 1}"
-        )
-    return answer
-
-
-def _same_size(deck: Deck, intervention: Intervention, pair: Pair) -> bool:
-    for place in intervention.places.values():
-        at, source = (deck.positions(place, example) for example in (pair.base, pair.source))
-        if at is not None and source is not None and len(at) != len(source):
-            return False
-    return True
-
-
-def check_places(model: HookedModel, intervention: Intervention) -> None:
-    """Raise KeyError or ValueError if a model lacks a place; see `Place.site`."""
-    for place in intervention.places.values():
-        place.site(model)

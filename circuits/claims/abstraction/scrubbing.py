@@ -238,7 +238,7 @@ def scrubbing(subject: Subject, settings: Settings, level: Level) -> Measured:
     clusters = [subject.test.clusters[example.index] for example in chosen]
     if len(set(clusters)) < 3:
         why = f"only {len(set(clusters))} independent examples of one length: expected at least 3"
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     tokens = torch.tensor([list(deck.inputs(e)) for e in chosen])  # type: ignore[arg-type]
     one = Scrubbing(graph, hypothesis, tokens, keys_of(deck, algorithm, hypothesis, chosen))
     _check_size(hypothesis, settings["draws"])
@@ -252,7 +252,7 @@ def scrubbing(subject: Subject, settings: Settings, level: Level) -> Measured:
             f"the model's loss is no smaller than that on random examples: the difference is {effect.value:.3g} nats "
             f"(interval {between(low, high)})"
         )
-        return Measured((), subject.said(), subject.seed, untestable=why)
+        return subject.cannot(why)
     found = quantity(
         "loss recovered", Ratio(random - scrubbed, random - own, clusters), Region(low=settings["least"]), level,
         n=len(chosen), clusters=len(set(clusters)), null=(0.0,), null_is="every input from a random example",
