@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuits.autograd import recording_gradients
 from circuits.examples import Examples, as_examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -166,6 +167,7 @@ def _before_gate(model: HookedModel, unit: Unit) -> Unit:
     return Unit(writes[0].site, at[0]) if len(at) == 1 else unit
 
 
+@recording_gradients()
 def gate_on(model: HookedModel, unit: str | Unit, examples: Examples | Tensor) -> Gate:
     """Count at how many positions of some examples a unit's nonlinearity is open.
 
