@@ -72,7 +72,15 @@ from circuits.tuning import HeatMap, RadialTuning, heat_map, radial_tuning
 from circuits.tuning.responding import responses
 from circuits.unit_maps import Method, UnitMap, response_map, weight_map
 from circuits.units import Unit
-from circuits.weights import Connection, build_graph, expand_weights, incoming, outgoing
+from circuits.weights import (
+    Connection,
+    Through,
+    build_graph,
+    expand_weights,
+    incoming,
+    incoming_through,
+    outgoing,
+)
 from circuits.weights.connections import not_written
 from circuits.workspace import ModelRecord, Workspace
 
@@ -213,6 +221,16 @@ def connections_of(
 ) -> tuple[list[Connection], list[Connection]]:
     """The strongest weights into a unit and out of it."""
     return _connections(model_hash, str(unit), top, model)
+
+
+@st.cache_resource(show_spinner="Reading the weights…", max_entries=2048)
+def _through(model_hash: str, unit: str, top: int, _model: HookedModel) -> Through | None:
+    return None if not_written(_model, _model.unit(unit)) else incoming_through(_model, unit, top)
+
+
+def through_of(model: HookedModel, unit: Unit, model_hash: str, top: int = 5) -> Through | None:
+    """The strongest weights into a unit through the only unit that it reads, if there is only one."""
+    return _through(model_hash, str(unit), top, model)
 
 
 @st.cache_data(show_spinner=False, max_entries=1024)

@@ -31,7 +31,7 @@ SINK = 5.0
 The first token of a text often is: models use it as an attention sink, with a very large norm."""
 
 _ALIVE = 1e-6
-"""A unit is dead if its root mean square is at most this share of the site's median."""
+"""A unit is dead if its root mean square is at most this share of the site's median, or its activation never varies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,18 +42,22 @@ class Activity:
         mean: the mean of each unit over counted positions (unit x d_head for heads).
         rms: the root mean square of each unit's activation (a head's activation is the norm of its output).
         n: the number of positions counted.
+        span: by how much each unit's largest activation exceeds its smallest; None if it was not measured.
     """
 
     mean: Float[Tensor, " *unit"]
     rms: Float[np.ndarray, " unit"]
     n: int
+    span: Float[np.ndarray, " unit"] | None = None
 
     @property
     def alive(self) -> Bool[np.ndarray, " unit"]:
-        """Which units are not dead."""
+        """Which units are not dead: active at some position, and not equally active at all of them."""
         # Relative to the median of the active ones: what counts as zero depends on the site's scale.
         some = self.rms[self.rms > 0]
-        return self.rms > (_ALIVE * float(np.median(some)) if len(some) else 0.0)
+        active = self.rms > (_ALIVE * float(np.median(some)) if len(some) else 0.0)
+        # A single position says nothing of whether a unit varies.
+        return active if self.span is None or self.n == 1 else active & (self.span > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +111,8 @@ def activities(
         return {}
     total = {s.name: torch.zeros(s.unit_shape, dtype=torch.float64) for s in places}
     square = {s.name: torch.zeros(s.n_units, dtype=torch.float64) for s in places}
+    low = {s.name: torch.full((s.n_units,), torch.inf, dtype=torch.float64) for s in places}
+    high = {name: -values for name, values in low.items()}
     count = dict.fromkeys(total, 0)
     for part in examples.batches(batch):
         cache = model.run(part.inputs, mask=part.mask, read=places, until=model.last(places))
@@ -116,9 +122,14 @@ def activities(
             norms = rows if site.inner_axis is None else rows.norm(dim=-1)
             total[site.name] += rows.sum(0).cpu()
             square[site.name] += norms.square().sum(0).cpu()
+            if len(norms):
+                low[site.name] = low[site.name].minimum(norms.amin(0).cpu())
+                high[site.name] = high[site.name].maximum(norms.amax(0).cpu())
             count[site.name] += len(rows)
     return {
-        name: Activity(total[name] / n, (square[name] / n).sqrt().numpy(), n)
+        name: Activity(
+            total[name] / n, (square[name] / n).sqrt().numpy(), n, (high[name] - low[name]).numpy()
+        )
         for name, n in count.items()
     }
 

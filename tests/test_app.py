@@ -229,6 +229,24 @@ def test_a_balanced_kernel_is_not_called_inhibiting(built: Workspace, monkeypatc
     assert "excites and inhibits, strength 0.333" in seen, "a Gabor filter sums to zero"
 
 
+def test_a_depthwise_unit_is_shown_with_what_its_only_input_reads(
+    tmp_path: Path, monkeypatch
+) -> None:
+    place, model = Workspace(tmp_path / "ws"), load_model("efficientnet-lite0")
+    record, folder = ModelRecord("efficientnet-lite0", model.hash), tmp_path / "images"
+    folder.mkdir()
+    to_image(torch.rand(3, 64, 64)).save(folder / "a.png")
+    harvest(model, open_source(f"folder:{folder}"), ["block3a_depthwise"], place, record)
+    test = page(place, monkeypatch, model="efficientnet-lite0", site="block3a_depthwise", unit="7")
+    assert not test.exception
+    seen = text(test)
+    assert "Built from, further back" in seen
+    assert "It reads one unit only, block3a_expand:7" in seen
+    labels = [b.label.replace("\\", "") for b in test.button]
+    for unit in ("block3a_expand:7", "block2b:18"):
+        assert any(label.startswith(unit) for label in labels)
+
+
 def test_empty_workspace_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
     test = page(Workspace(tmp_path / "none"), monkeypatch)
     assert not test.exception

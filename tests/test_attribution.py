@@ -446,6 +446,31 @@ def test_relevance_is_conserved(double: HookedModel, images: Tensor, rule: str, 
         assert made.parts["elsewhere"].abs().min() > 1e-3, "what is added to it"
 
 
+@pytest.mark.parametrize(
+    "bend",
+    [nn.ReLU6(), nn.Hardtanh(-0.2, 0.5), nn.Threshold(0.1, 0.7), nn.Hardsigmoid(), nn.Softshrink(0.2), nn.ReLU6(True)],
+    ids=str,
+)  # fmt: skip
+def test_the_offsets_of_what_is_linear_piece_by_piece_are_biases(bend: nn.Module) -> None:
+    """f(x) = slope x + offset on each piece: under the rule `gradient` nothing is missing."""
+    net = seeded(
+        nn.Sequential(nn.Flatten(), nn.Linear(12, 9), bend, nn.Linear(9, 3, bias=False))
+    ).double()
+    model = HookedModel(net, (3, 2, 2))
+    x = model.fitted(model.input.example(4, seed=2)) * 20
+    made = relevance(model, x, "class:1", rule="gradient")
+    close(made.residual, torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
+    own = x.clone().requires_grad_(True)
+    (slopes,) = torch.autograd.grad(net(own)[:, 1].sum(), own)
+    close(made.values, x * slopes, rtol=0, atol=1e-9)
+    # By hand: the weights behind times what each number holds beyond slope x, and the biases before times the slope.
+    z = (x.flatten(1) @ net[1].weight.T + net[1].bias).requires_grad_(True)
+    (by_z,) = torch.autograd.grad(bend(z * 1).sum(), z)
+    offsets = (bend(z * 1) - by_z * z + by_z * net[1].bias) @ net[3].weight[1]
+    close(made.parts["biases"], offsets.detach(), rtol=0, atol=1e-9)
+    assert float(made.parts["biases"].abs().min()) > 0.01
+
+
 BENT: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "clamp": (lambda z: z.clamp(-0.2, 0.5), lambda z: z.clamp(-0.2, 0.5)),
     "relu twice in place": (lambda z: F.relu(F.relu(z), True).relu_(), F.relu),

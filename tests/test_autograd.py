@@ -41,7 +41,14 @@ from circuits.saliency import (
     saliency_map,
 )
 from circuits.units import Unit
-from circuits.weights import build_graph, expand_weights, incoming, outgoing, raw_weights
+from circuits.weights import (
+    build_graph,
+    expand_weights,
+    gate_on,
+    incoming,
+    outgoing,
+    raw_weights,
+)
 from tests.conftest import Branches, seeded
 
 FEW = Settings(steps=2, size=8)
@@ -142,6 +149,7 @@ VERBS: dict[str, Callable[[Path], Any]] = {
         incoming(unseen(), "right:0"), outgoing(net(), "stem:0"), raw_weights(net(), "input", "stem"),
     ),
     "build_graph": lambda folder: build_graph(unseen(), folder).subgraph(["fc:0", "out_relu:1"]).adj,
+    "gate_on": lambda _: gate_on(net(), "stem_relu:1", images()),
     "expand_weights": lambda _: [
         expand_weights(net(), "stem", "inner"),
         expand_weights(net(), "stem", "inner", mode="example", examples=images()),

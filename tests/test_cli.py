@@ -62,6 +62,7 @@ def test_weights_as_json_and_table(capsys) -> None:
     first = facts["incoming"][0]
     assert first["source"].startswith("mixed3a_5x5_bottleneck:")
     assert len(first["kernel"]) == 5
+    assert facts["incoming_through"] is None
     assert run(["weights", "shapes", "conv2d0:1"]) == 0
     assert "input:0" in capsys.readouterr().out
 
@@ -99,6 +100,7 @@ def test_examples_of_texts_show_what_stands_around_a_token(
         (["weights", "shapes", "mixed3c:1"], "did you mean mixed3"),
         (["weights", "shapes", "mixed3a:160"], "units 0 to 159"),
         (["weights", "shapes", "mixed3a"], "SITE:INDEX"),
+        (["weights", "shapes", "mixed3a:1", "--data", "shapes"], "is for a unit that reads one other unit only"),
         (["harvest", "shapes", "--data", "fotos", "--sites", "mixed3a"], "did you mean photos"),
         (["harvest", "shapes", "--data", "folder:{tmp}/empty", "--sites", "mixed3a"], "holds no images"),
         (["harvest", "shapes", "--data", "folder:{tmp}/bad", "--sites", "mixed3a"], "cannot be read"),

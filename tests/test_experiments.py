@@ -152,15 +152,25 @@ def test_ablate_and_measure_give_one_answer(branches: HookedModel, how: str, see
 
 def test_twins_are_alive_and_as_active_and_never_the_units_themselves(own_net: HookedModel) -> None:
     model = own_net
-    with torch.no_grad():  # a dead unit: its bias keeps it below zero
+    with (
+        torch.no_grad()
+    ):  # two dead units: a bias keeps one below zero, and the other is always the same
         model.module.stem.bias[3] = -1e6  # type: ignore[union-attr, index]
+        model.module.stem.weight[5] = 0  # type: ignore[union-attr, index]
+        model.module.stem.bias[5] = 0.7  # type: ignore[union-attr, index]
     examples = Examples.given(model, model.input.example(4))
-    alive = activities(model, ["relu"], examples)["relu"].alive
+    seen = activities(model, ["relu"], examples)["relu"]
+    values = model.run(examples.inputs, read=["relu"])["relu"].double().movedim(1, 0).flatten(1)
+    np.testing.assert_array_equal(seen.span, (values.amax(1) - values.amin(1)).numpy())
+    assert seen.rms[5] == pytest.approx(0.7)
+    alive = seen.alive
     assert alive.sum() >= 4
     assert not alive[3]
+    assert not alive[5]
     null = null_of(model, Variant("x", (zero("relu:0,1"),)), examples, n=8, seed=1)
+    assert null.is_.endswith(f"about as active ({(~alive).sum()} of 8 units of relu are dead)")
     for units in null.units:
-        assert not {u.index for u in units} & {0, 1, 3}
+        assert not {u.index for u in units} & {0, 1, 3, 5}
     assert len({frozenset(u) for u in null.units}) == len(null.units) > 0
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
 from circuits.units import Unit
-from circuits.weights import Connection, incoming, outgoing
+from circuits.weights import Connection, gate_on, incoming, incoming_through, outgoing
 from circuits.weights.heads import direct_logits, neuron_directions, ov_circuit, qk_circuit
 from tests.conftest import seeded
 
@@ -105,6 +105,93 @@ def test_reused_block_connects_its_two_calls(own_net: HookedModel) -> None:
     assert {"block.act@1", "fc"} == {c.target.site for c in second}
     kernel = next(c.kernel for c in second if str(c.target) == "block.act@1:6")
     assert torch.equal(kernel, own_net.module.block.conv.weight[6, 3])
+
+
+class Depthwise(nn.Module):
+    """A convolution, and two depthwise ones behind it with a pooled map in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3, 2, padding=1), nn.ReLU6()
+        self.deep1, self.act1 = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU(inplace=True)
+        self.pool = nn.AvgPool2d(2)
+        self.deep2, self.act2 = nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4), nn.ReLU()
+        self.mix = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor, bend: bool = True) -> Tensor:
+        """What `act2` puts out, mixed; without the nonlinearities if `bend` is false."""
+        acts = (self.act, self.act1, self.act2) if bend else [nn.Identity()] * 3
+        x = acts[1](self.deep1(acts[0](self.conv(x))))
+        x = acts[2](self.deep2(self.pool(x)))
+        return self.mix(x) if bend else x
+
+
+def test_what_reads_one_unit_only_is_built_from_what_that_reads() -> None:
+    net = seeded(Depthwise())
+    model = HookedModel(net, (3, 64, 48))
+    assert [c.source for c in incoming(model, "act2:1")] == [Unit("act1", 1)]
+    found = incoming_through(model, "act2:1", top=9)
+    assert found is not None
+    assert [g.unit for g in found.gates] == [Unit("act1", 1), Unit("act", 1)]
+    assert {g.open for g in found.gates} == {None}
+    x = torch.zeros(1, 3, 64, 48, requires_grad=True)
+    (slopes,) = torch.autograd.grad(net(x, bend=False)[0, 1, 8, 6], x)
+    assert {c.source for c in found.connections} == {Unit("input", i) for i in range(3)}
+    assert not found.cut
+    for c in found.connections:
+        kernel = slopes[0, c.source.index]
+        rows, columns = kernel.nonzero()[:, 0], kernel.nonzero()[:, 1]
+        wanted = kernel[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        torch.testing.assert_close(c.kernel, wanted, rtol=1e-5, atol=1e-7)
+        assert c.through == ("act", "act1")
+        assert c.target == Unit("act2", 1)
+    norms = [c.norm for c in found.connections]
+    assert norms == sorted(norms, reverse=True)
+    assert (
+        incoming_through(model, "act2:1", top=1).connections[0].source
+        == found.connections[0].source
+    )  # type: ignore[union-attr]
+
+
+def test_it_is_counted_how_often_gates_are_open() -> None:
+    net = seeded(Depthwise())
+    model = HookedModel(net, (3, 16, 12))
+    x = model.input.example(3) * 40
+    found = incoming_through(model, "deep2:2", examples=x)
+    assert found is not None
+    with torch.no_grad():
+        first = net.conv(x)
+        second = net.deep1(net.act(first))
+    (near, far) = found.gates
+    assert near.open == float((second[:, 2] > 0).double().mean())
+    assert near.full == 0
+    assert far.open == float(((first[:, 2] > 0) & (first[:, 2] < 6)).double().mean())
+    assert far.full == float((first[:, 2] >= 6).double().mean())
+    assert 0.1 < far.full < 0.9
+    assert far.n == first[:, 2].numel()
+    said = found.table().title
+    assert f"act:2, open at {far.open:.1%} of {far.n} positions, at its upper bound" in said
+    assert found.to_dict()["gates"][0] == {
+        "unit": "act1:2", "open": near.open, "full": 0.0, "n": near.n
+    }  # fmt: skip
+    # A unit that no nonlinearity comes before is open everywhere.
+    assert gate_on(model, "conv:2", x).open == 1
+
+
+@pytest.mark.parametrize("unit", ["act:1", "mix:0"])
+def test_what_reads_several_units_has_no_single_way_in(unit: str) -> None:
+    assert incoming_through(HookedModel(seeded(Depthwise()), (3, 16, 12)), unit) is None
+
+
+def test_what_reads_the_only_channel_of_an_image_goes_no_further() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3, groups=2))
+    model = HookedModel(seeded(net), (1, 9, 9))
+    assert incoming_through(model, "1:1") is None
+    found = incoming_through(model, "2:1")
+    assert found is not None
+    assert [c.source for c in found.connections] == [Unit("input", 0)]
+    with pytest.raises(ValueError, match="must be at least 1"):
+        incoming_through(model, "2:1", top=0)
 
 
 def test_strongest_come_first_and_typical_is_the_median(branches: HookedModel) -> None:

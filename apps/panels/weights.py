@@ -20,24 +20,20 @@ def weights_panel(look: Look) -> None:
     """The strongest weights in and out, each with the unit at its other end and the way there."""
     try:
         built_from, builds = cached.connections_of(look.model, look.unit, look.record.hash, TOP)
+        through = cached.through_of(look.model, look.unit, look.record.hash, TOP)
     except ValueError as error:  # the rest of the page needs no weights
         st.subheader("Built from")
         st.caption(line(error))
         return
-    for title, connections, end in (
-        ("Built from", built_from, "source"),
-        ("Builds", builds, "target"),
-    ):
-        st.subheader(title)
-        if not connections:
-            st.caption("No weights connect it to another site on this side.")
-            continue
-        kernels = [c for c in connections if c.kernel.ndim == 2 and c.kernel.numel() > 1]
-        if kernels:
-            show(kernels_figure(kernels, end), f"kernels-{end}")
-        for column, connection in zip(st.columns(TOP), connections, strict=False):
-            with column:
-                _connection(look, connection, end)
+    _section(look, "Built from", built_from, "source")
+    if through is not None:
+        gates = ", ".join(str(gate.unit) for gate in through.gates)
+        about = (
+            f"It reads one unit only, {gates}: this is what that one is built from, with the kernels of both layers "
+            "multiplied together. Exact wherever that unit’s nonlinearity is open."
+        )
+        _section(look, "Built from, further back", through.connections, "source", about)
+    _section(look, "Builds", builds, "target")
     st.caption(
         "Strength is the norm of the kernel; “typical” is the median norm over all units at the other end."
     )
@@ -52,6 +48,24 @@ for c in circuits.weights.incoming(model, {str(look.unit)!r}, top={TOP}):
 for c in circuits.weights.outgoing(model, {str(look.unit)!r}, top={TOP}):
     print(c.target, c.norm, c.typical, c.kernel)
 """)
+
+
+def _section(
+    look: Look, title: str, connections: list[Connection], end: str, about: str = ""
+) -> None:
+    """Connections on one side, with their kernels."""
+    st.subheader(title)
+    if about:
+        st.caption(plain(about))
+    if not connections:
+        st.caption("No weights connect it to another site on this side.")
+        return
+    kernels = [c for c in connections if c.kernel.ndim == 2 and c.kernel.numel() > 1]
+    if kernels:
+        show(kernels_figure(kernels, end), f"kernels-{end}{'-through' if about else ''}")
+    for column, connection in zip(st.columns(TOP), connections, strict=False):
+        with column:
+            _connection(look, connection, end)
 
 
 def _connection(look: Look, connection: Connection, end: str) -> None:

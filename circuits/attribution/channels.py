@@ -222,7 +222,9 @@ def losses(passes: Passes, example: int, base: Tensor, units: list[int]) -> Floa
         Task(aim.name, shown, (Question(at),), aim), measures=[aim],
     )  # fmt: skip
     intact, *changed = outcomes.values[aim.name][:, 0].tolist()
-    return torch.tensor([intact - value for value in changed]).to(passes.values)
+    return torch.tensor([intact - value for value in changed], dtype=torch.float64).to(
+        passes.values
+    )
 
 
 def _unit_at_baseline(site: Site, unit: int, base: Float[Tensor, "1 *rest"]) -> Variant:

@@ -277,9 +277,12 @@ def _scaled_by(x: Tensor, out: Tensor) -> Tensor:
 def _activation(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     """A function of single numbers; of two arguments, as in powers, the first activation carries the relevance."""
     out = func(*args, **kwargs)
-    x = next((v for v in (*args, *kwargs.values()) if _carries_gradient(v)), None)
-    if x is None:
+    given = [v for v in (*args, *kwargs.values()) if _carries_gradient(v)]
+    if not given:
         return out
+    x = given[0]
+    if p.rule == "gradient":
+        return _piece(p, func, x, out) if len(given) == 1 and x.shape == out.shape else out
     at_zero, held = x.abs() < _smallest(x), out.detach()
     if _holds_any((held != 0) & at_zero):
         held = p.constant(held, held)
@@ -289,6 +292,13 @@ def _activation(p: Propagation, func: Call, args: Args, kwargs: Kwargs) -> Any:
     if func in _OF_NUMBERS and through is not None and not is_transformed(x) and through.any():
         made = torch.where(through, x * _slope(func, x, args, kwargs), made)
     return made
+
+
+def _piece(p: Propagation, func: Call, x: Tensor, out: Tensor) -> Tensor:
+    """A function that is linear piece by piece: what its piece has at zero counts as a bias, as ReLU6's 6 does."""
+    # On its piece f(x) = slope x + offset; the gradient is torch's own, and carries the first of the two.
+    offset = (out - _PIECES[func](x, out) * x).detach()
+    return out + (p.constant(offset, out) - offset)
 
 
 def _slope(func: Call, x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
@@ -706,6 +716,15 @@ SINGLE_NUMBERS = (
 
 _OF_NUMBERS = frozenset(_called(SINGLE_NUMBERS))
 
+_PIECES: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
+    **dict.fromkeys(
+        _called("relu6 hardtanh clamp clip clamp_min clamp_max threshold"), lambda x, out: out == x
+    ),
+    **dict.fromkeys(_called("hardsigmoid"), lambda x, out: ((out > 0) & (out < 1)) / 6),
+    **dict.fromkeys(_called("softshrink"), lambda x, out: out != 0),
+}
+"""Functions that are linear piece by piece and not through zero, with their slope by argument and value."""
+
 _RULES: dict[Any, Callable[[Propagation, Call, Args, Kwargs], Any]] = {
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
     F.linear: _fully_connected,
@@ -765,6 +784,7 @@ _WITH_BIAS = frozenset(
         *_BLENDED,
         *_JOINS,
         *_CHOICES,
+        *_PIECES,
         Tensor.__setitem__,
     }
 )

@@ -17,7 +17,14 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.randomizing import randomized
 from circuits.tables import Table
 from circuits.units import Unit
-from circuits.weights import Connection, ExpandedWeights, expand_weights, incoming, outgoing
+from circuits.weights import (
+    Connection,
+    ExpandedWeights,
+    expand_weights,
+    incoming,
+    incoming_through,
+    outgoing,
+)
 from circuits.weights.connections import connections_table, not_written
 from circuits.weights.factors import Factors, factorize
 
@@ -28,13 +35,26 @@ app = Typer()
 def weights(
     model: options.Model,
     unit: options.UnitArgument,
+    examples: options.Dataset,
     output: options.FigureOutput,
     top: options.Top = options.TOP,
+    seed: options.Seed = 0,
 ) -> None:
-    """Show the strongest weights into and out of a unit."""
+    """Show the strongest weights into and out of a unit.
+
+    Of a unit that reads one other unit only, as in a depthwise convolution, also those of what that reads; with --data
+    it is counted on these examples how often the nonlinearity in between is open.
+    """
     loaded = model.load()
     why = not_written(loaded, loaded.unit(unit))
     built_from, builds = [] if why else incoming(loaded, unit, top), outgoing(loaded, unit, top)
+    chosen = examples.choose(loaded, seed) if examples.data else None
+    through = None if why else incoming_through(loaded, unit, top, chosen)
+    if through is None and chosen is not None:
+        raise ValueError(
+            f"--data {examples.data!r} is for a unit that reads one other unit only, as in a depthwise convolution: "
+            f"{unit} does not"
+        )
     shown = {c.layer for c in (*built_from, *builds)}
     for layer in loaded.weight_layers:
         if layer.name in shown and layer.lost:
@@ -47,12 +67,17 @@ def weights(
     both = {"incoming": built_from, "outgoing": builds}
     facts = {name: [c.to_dict() for c in found] for name, found in both.items()}
     output.show(
-        {"unit": str(loaded.unit(unit)), "model_hash": loaded.hash, **facts},
+        {
+            "unit": str(loaded.unit(unit)), "model_hash": loaded.hash, **facts,
+            "incoming_through": None if through is None else through.to_dict(),
+            "examples": {} if chosen is None else chosen.describe(),
+        },
         [
             *_connections(f"{unit} is built from", built_from, "source", why),
+            *([] if through is None else [through.table()]),
             *_connections(f"{unit} builds", builds, "target"),
         ],
-    )
+    )  # fmt: skip
 
 
 def _connections(

@@ -439,7 +439,7 @@ def intervene(
     own = np.asarray(labels)
     # "About as active" is judged by the root mean square over examples.
     size = np.sqrt(np.square(units).mean(0))
-    seen = Activity(torch.from_numpy(units.mean(0)), size, len(units))
+    seen = Activity(torch.from_numpy(units.mean(0)), size, len(units), np.ptp(units, 0))
     draw = Draw(dict.fromkeys(u for i in interventions for u in i.units), {bottleneck.site: seen})
     each = [
         bottleneck.predict(_applied(units, [i.of(swap) for i in interventions]))

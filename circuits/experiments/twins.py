@@ -1,6 +1,7 @@
 """The null of an edit: the same edit of other units that are equally active ("twins"), or random changes of equal norm.
 
-Dead units are never twins: removing one does nothing, which would make any edit look large. If a site has too few other
+Dead units, whose activation never varies, are never twins: removing one does nothing, or the same to every
+example, which would make any edit look large. They are counted. If a site has too few other
 units, each draw is a random direction instead, along which the site's tensor moves at each position as far as the edit
 moves it.
 """
@@ -215,10 +216,15 @@ class Draw:
         return swap
 
     def described(self, n: int) -> str:
-        sites = ", ".join(dict.fromkeys(u.site for u in self.owners))
+        sites = dict.fromkeys(u.site for u in self.owners)
         if self.given is not None:
             return f"{n} groups of the {len(self.given)} units given"
-        return f"{n} groups of other units of {sites}, about as active"
+        alive = {site: self.seen[site].alive for site in sites}
+        dead = ", ".join(
+            f"{int((~a).sum())} of {len(a)} units of {site} are dead" for site, a in alive.items() if not a.all()
+        )  # fmt: skip
+        named = f"{n} groups of other units of {', '.join(sites)}, about as active"
+        return f"{named} ({dead})" if dead else named
 
     def why_not(self) -> str:
         if not self.owners:

@@ -14,6 +14,7 @@ from circuits.weights.heads import (
     ov_circuit,
     qk_circuit,
 )
+from circuits.weights.lone import Gate, Through, gate_on, incoming_through
 from circuits.weights.raw import LayerWeights, connected_pairs, raw_weights
 
 __all__ = [
@@ -21,17 +22,21 @@ __all__ = [
     "Connection",
     "ExpandedWeights",
     "Factors",
+    "Gate",
     "LayerWeights",
     "OVCircuit",
     "QKCircuit",
+    "Through",
     "build_graph",
     "connected_pairs",
     "direct_logits",
     "expand_weights",
     "expanded_block",
     "factorize",
+    "gate_on",
     "head_composition",
     "incoming",
+    "incoming_through",
     "neuron_directions",
     "outgoing",
     "ov_circuit",
