@@ -154,7 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=5, help="rounds")
     parser.add_argument("--examples", type=int, default=500)
-    parser.add_argument("--only", help="googlenet, shapes, efficientnet-lite0, transformer, small or write")
+    parser.add_argument(
+        "--only", help="googlenet, shapes, efficientnet-lite0, transformer, small or write"
+    )
     args = parser.parse_args()
     wanted = [args.only] if args.only else ["googlenet", "transformer", "write"]
     for what in wanted:

@@ -13,6 +13,7 @@ from circuits.concepts import Name, name_by_attributes, names_of, pooled, save_n
 from circuits.examples import Examples
 from circuits.families import find_families, save_family, saved_families
 from circuits.featurevis.render import visualize_units
+from circuits.featurevis.shipping import SHIPPED, unpack
 from circuits.files import write_json
 from circuits.harvesting import harvest
 from circuits.json_files import read_json
@@ -69,6 +70,7 @@ class Plan:
         pictured: site and units to visualize.
         families: sites whose units are sorted into turned versions of one another.
         concepts: autoencoders.
+        shipped: whether the package has pictures of its units.
     """
 
     model: str
@@ -77,21 +79,36 @@ class Plan:
     pictured: tuple[tuple[str, range], ...] = ()
     families: tuple[str, ...] = ()
     concepts: tuple[Concepts, ...] = ()
+    shipped: bool = False
 
 
 PLANS = (
     Plan(
+        "efficientnet-lite0",
+        ("crops",),
+        (
+            *dict.fromkeys(batch.site for batch in SHIPPED["efficientnet-lite0"]),
+            "block2b",
+            "block3b",
+            "block4c",
+            "block5c",
+            "block6d",
+            "logits",
+        ),
+        shipped=True,
+    ),
+    Plan(
         "cleanroom",
         ("photos", "curves"),
         ("gabor", "complex", "line", "early", "curve", "shape"),
-        (("line", range(12)), ("curve", range(24, 48))),
+        pictured=(("line", range(12)), ("curve", range(24, 48))),
         families=("line", "curve"),
     ),
     Plan(
         "shapes",
         ("photos", "shapes"),
         ("conv2d0", "conv2d1", "conv2d2", "mixed3a", "mixed3b", "logits"),
-        (("mixed3a", range(96, 144)), ("mixed3b", range(160, 224))),  # the 5x5 branches
+        pictured=(("mixed3a", range(96, 144)), ("mixed3b", range(160, 224))),  # the 5x5 branches
         concepts=(
             Concepts(
                 "shapes-mixed3b",
@@ -134,14 +151,44 @@ def build(workspace: Workspace, progress: Callable[[int, int], object] | None = 
     note, made_from = workspace.root / "demo.json", _fingerprint()
     rows = _noted(note, made_from)
     if rows is None:
-        rows = _build(workspace, progress)
+        rows = _build(PLANS, workspace, progress)
         write_json(note, {"made_from": made_from, "rows": [asdict(row) for row in rows]})
     return rows
 
 
+def is_built(workspace: Workspace) -> bool:
+    """Whether nothing of the demo's workspace is missing."""
+    return _noted(workspace.root / "demo.json", _fingerprint()) is not None
+
+
+def build_first(
+    workspace: Workspace, folder: str = "", progress: Callable[[int, int], object] | None = None
+) -> list[Row]:
+    """Build what is missing of the demo's first model, which takes less than a minute.
+
+    Args:
+        workspace: where it is built.
+        folder: a folder of the person's own images, on which the model is run too.
+        progress: called with how many parts are done, and in all.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if there are no images in the folder.
+        PermissionError: if the workspace cannot be written.
+    """
+    plan = PLANS[0]
+    if folder:
+        plan = replace(plan, data=(*plan.data, open_source(f"folder:{folder}").spec))
+    return _build((plan,), workspace, progress)
+
+
 def _fingerprint() -> str:
     """Changes when anything does that the demo's results depend on."""
-    weights = [file_hash(path) for path in sorted(BUILTIN.glob("*.safetensors"))]
+    weights = [
+        file_hash(path)
+        for pattern in ("*.safetensors", "*.zip")
+        for path in sorted(BUILTIN.glob(pattern))
+    ]
     facts = (version("circuits-workbench"), PLANS, PICTURE_STEPS, PICTURE_SIZE, weights)
     return hashlib.sha256(f"{facts} {load_model('cleanroom').hash}".encode()).hexdigest()
 
@@ -157,8 +204,12 @@ def _noted(note: Path, made_from: str) -> list[Row] | None:
     return rows if same and all(Path(row.where).exists() for row in rows) else None
 
 
-def _build(workspace: Workspace, progress: Callable[[int, int], object] | None) -> list[Row]:
-    total = sum(len(p.data) + len(p.pictured) + len(p.families) + len(p.concepts) for p in PLANS)
+def _build(
+    plans: Sequence[Plan], workspace: Workspace, progress: Callable[[int, int], object] | None
+) -> list[Row]:
+    total = sum(
+        p.shipped + len(p.data) + len(p.pictured) + len(p.families) + len(p.concepts) for p in plans
+    )
     rows: list[Row] = []
 
     def built(row: Row) -> None:
@@ -166,8 +217,11 @@ def _build(workspace: Workspace, progress: Callable[[int, int], object] | None) 
         if progress:
             progress(len(rows), total)
 
-    for plan in PLANS:
+    for plan in plans:
         model = load_model(plan.model)
+        if plan.shipped:
+            n, place = unpack(model, workspace), workspace.pictures_folder(model.hash)
+            built(Row(plan.model, "pictures that come with the package", f"{n} units", str(place)))
         for data in plan.data:
             built(
                 _activations(
@@ -187,7 +241,7 @@ def _activations(
     record: ModelRecord, model: HookedModel, data: str, sites: Sequence[str], workspace: Workspace
 ) -> Row:
     """Harvest a model on a dataset; what is there already is kept."""
-    store = harvest(model, open_source(data), sites, workspace, record)
+    store = harvest(model, open_source(data), sites, workspace, record, skip_bad=True)
     units = sum(s.n_units for s in store.provenance.sites)
     result = f"{len(store.provenance.examples)} examples, {units} units"
     return Row(record.spec, f"activations on {data}", result, str(store.folder))

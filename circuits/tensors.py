@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -105,3 +106,11 @@ def _sort_metadata(path: Path) -> None:
 def is_transformed(tensor: Tensor) -> bool:
     """Whether a tensor is inside a transform of `torch.func` (vmap, grad, vjp, jvp), and nothing outside of it."""
     return is_functorch_wrapped_tensor(tensor)
+
+
+def random_frame(size: int, n: int, generator: torch.Generator) -> Float[Tensor, "size n"]:
+    """Random orthonormal columns, uniformly distributed: by QR of Gaussian numbers, with R's diagonal made positive
+    (Mezzadri 2007, "How to generate random matrices from the classical compact groups").
+    """
+    q, r = torch.linalg.qr(torch.randn(size, n, generator=generator, dtype=torch.float64))
+    return q * r.diagonal().sign()

@@ -30,6 +30,7 @@ from circuits.files import check_writable, write_json
 from circuits.json_files import read_json
 from circuits.units import Unit
 
+_PICTURES = (".png", ".webp")
 _LONGEST = 160  # bytes of a file's name for its target; 255 in all is what file systems take
 
 _OF_UNIT = re.compile(r"(?P<unit>[^:]+:(0|[1-9][0-9]*))-[0-9]+steps-")
@@ -244,8 +245,16 @@ class Workspace:
 
     def picture_path(self, model_hash: str, target: str, how: str) -> Path:
         """Where the picture of a unit or objective, made one way, is kept."""
-        name = f"{_file_name(target)}-{how}.png"
-        return self.model_folder(model_hash) / "pictures" / name
+        return self.pictures_folder(model_hash) / self.picture_name(target, how)
+
+    @staticmethod
+    def picture_name(target: str, how: str, suffix: str = ".png") -> str:
+        """The name of the file with the picture of a unit or objective, made one way."""
+        return f"{_file_name(target)}-{how}{suffix}"
+
+    def pictures_folder(self, model_hash: str) -> Path:
+        """Where the pictures of a model's units and objectives are."""
+        return self.model_folder(model_hash) / "pictures"
 
     def sheets_folder(self, model_hash: str) -> Path:
         """Where the neuron sheets of a model are, each in a folder of its own."""
@@ -264,8 +273,8 @@ class Workspace:
 
     def pictures(self, model_hash: str, unit: Unit) -> list[Path]:
         """The pictures of a unit, newest first."""
-        folder = self.model_folder(model_hash) / "pictures"
-        found = folder.glob(f"{glob.escape(_file_name(str(unit)))}-*.png")
+        folder, name = self.pictures_folder(model_hash), glob.escape(_file_name(str(unit)))
+        found = [path for suffix in _PICTURES for path in folder.glob(f"{name}-*{suffix}")]
         return sorted(found, key=lambda path: -path.stat().st_mtime)
 
     def pictured(self, model_hash: str) -> Iterator[tuple[Unit, Path]]:
@@ -273,7 +282,8 @@ class Workspace:
 
         Those of other objectives are left out, and those of units whose names are too long for a file's.
         """
-        found = (self.model_folder(model_hash) / "pictures").glob("*.png")
+        folder = self.pictures_folder(model_hash)
+        found = [path for suffix in _PICTURES for path in folder.glob(f"*{suffix}")]
         for path in sorted(found, key=lambda path: path.stat().st_mtime):
             if name := _OF_UNIT.match(path.name):
                 yield Unit.parse(unquote(name["unit"])), path

@@ -95,7 +95,7 @@ def test_examples_at_the_ceiling_are_in_the_order_of_what_was_given(
     np.testing.assert_allclose(brightest[[e.index for e in top]], best, rtol=1e-5)
     assert [e.value for e in top] == [6.0] * 10
     np.testing.assert_allclose([e.before for e in top], best, rtol=1e-5)  # pyright: ignore
-    assert str(top[0]) == f"6 ({top[0].before:.3g} before the ceiling)"
+    assert str(top[0]) == f"{top[0].before:.3g}, cut off at 6"
     assert float(store.largest(unit).max()) == 6.0
     tenths = store.quantile_examples(unit, 5, 2)
     order = [e.before for group in tenths for e in group]
@@ -117,6 +117,8 @@ def test_the_share_at_the_ceiling_is_counted_over_all_positions(
     assert 0 < at < total
     assert store.statistics(model.unit("relu6:1")).saturated == 0.0
     assert store.statistics(model.unit("relu:0")).saturated is None
+    # A tail that is cut off is no exponential: it is fitted to what was given.
+    assert found.tail == store.statistics(model.unit("conv:0")).tail
 
 
 def test_objectives_go_on_above_the_ceiling(model: HookedModel) -> None:

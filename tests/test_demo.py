@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from circuits import demo
 from circuits.families import save_family, saved_families
@@ -98,3 +99,22 @@ def test_plans_name_sites_that_exist() -> None:
             assert model.site(site).unit(units[-1])
         for site in (*plan.families, *(c.site for c in plan.concepts)):
             assert model.site(site)
+
+
+def test_a_folder_of_ones_own_is_added_to_the_first_model(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo, "PLANS", (demo.Plan("shapes", ("curves",), ("mixed3b",)),))
+    own = tmp_path / "own"
+    own.mkdir()
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(own / "a.png")
+    (own / "b.png").write_text("no picture")
+    rows = demo.build_first(Workspace(tmp_path / "w"), str(own))
+    assert [r.what for r in rows] == ["activations on curves", f"activations on folder:{own}"]
+    (store,) = [
+        s
+        for s in find_stores(Workspace(tmp_path / "w"), load_model("shapes").hash)
+        if s.provenance.data == f"folder:{own}"
+    ]
+    assert list(store.skipped) == ["b.png"]
+    assert not demo.is_built(Workspace(tmp_path / "w"))
+    with pytest.raises(FileNotFoundError, match="does not exist or is not a folder"):
+        demo.build_first(Workspace(tmp_path / "w"), str(tmp_path / "none"))

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.metadata import PathDistribution
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from circuits.examples import Examples
 from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import ImageInput
 from circuits.models.zoo import weights_files
 from circuits.models.zoo.efficientnet import (
     EPSILON,
@@ -24,6 +29,7 @@ from circuits.models.zoo.efficientnet import (
 from circuits.models.zoo.loading import load_model
 from circuits.models.zoo.weights_files import packaged_weights, read_weights
 from circuits.stimuli.images import read_image
+from circuits.stimuli.sources import open_source
 
 NAME = "efficientnet-lite0"
 
@@ -225,3 +231,41 @@ def test_photographs_are_recognised_with_the_right_preprocessing_only(
             right[how] += int(model.module(how.normalize(pixels)).argmax()) == label  # pyright: ignore
     assert right[spec] / len(labels) >= 0.87
     assert right[wrong] / len(labels) <= right[spec] / len(labels) - 0.08
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "color"),
+    [
+        ("RGB", (1, 1), (255, 0, 0)),
+        ("L", (300, 200), 128),
+        ("RGBA", (256, 400), (0, 0, 0, 0)),
+        ("I;16", (64, 64), 32768),
+        ("CMYK", (500, 333), (0, 0, 0, 0)),
+        ("P", (30, 999), 0),
+        ("1", (224, 224), 1),
+    ],
+)
+def test_images_of_all_kinds_are_read(
+    model: HookedModel, kind: str, size: tuple[int, int], color: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "image.tif"
+    Image.new(kind, size, color).save(path)
+    shown = Examples(model, open_source(f"folder:{tmp_path}"), None)
+    pixels = shown.load(0)
+    assert pixels.shape == (3, 224, 224)
+    # One colour stays one colour; transparency is put on white.
+    assert float(pixels.std((1, 2)).max()) < 0.01
+    wanted = {"L": 128 / 255, "RGBA": 1.0, "I;16": 32768 / 65535, "CMYK": 1.0, "1": 1.0}
+    if kind in wanted:
+        assert float(pixels.mean()) == pytest.approx(wanted[kind], abs=0.01)
+    assert bool(model.logits(shown.inputs).isfinite().all())
+
+
+def test_a_photograph_is_scaled_and_cropped_as_in_training(model: HookedModel) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8))
+    assert isinstance(model.input, ImageInput)
+    wanted = picture.resize((427, 256), Image.Resampling.BICUBIC).crop((101, 16, 325, 240))
+    assert np.array_equal(np.asarray(model.input.fit(picture)), np.asarray(wanted))
+    bytes_ = torch.tensor(np.asarray(wanted)).permute(2, 0, 1).float()
+    given = model.input.normalize(model.input.load(picture)[None])[0]
+    torch.testing.assert_close(given, (bytes_ - 127) / 128)

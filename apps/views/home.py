@@ -5,17 +5,25 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.address import TROUBLE, code, line, link, plain
+from apps.address import TROUBLE, code, line, link, open_page, plain
+from apps.canvas import Tile, sheet
 from circuits.concepts import names_of
 from circuits.database import Database
 from circuits.families import saved_families
 from circuits.graph.saved import saved_circuits
 from circuits.harvesting import unusable_stores
 from circuits.models.zoo.loading import MODELS
+from circuits.units import Unit
 from circuits.workspace import ModelRecord
 
 CURVE = ("curve", 30)
 """The unit that a newcomer sees first: a curve that bulges to the upper left, written by hand."""
+
+FIRST = ("efficientnet-lite0", "cleanroom")
+"""The models that are listed before all others: a real network, and the one that the tour is about."""
+
+FACES = 32
+"""Pictures of units that are shown of each model, at most."""
 
 
 def page() -> None:
@@ -25,7 +33,7 @@ def page() -> None:
         "Understand the units, then the weights between them; then edit the circuit and see whether the story holds."
     )
     place = cached.workspace()
-    records = sorted(place.models(), key=lambda r: (r.spec != "cleanroom", r.spec))
+    records = sorted(place.models(), key=lambda r: (*(r.spec != first for first in FIRST), r.spec))
     if not records:
         st.info(
             f"The workspace {code(str(place.root))} is empty. Build it with `circuits demo`, or harvest a model: "
@@ -33,8 +41,8 @@ def page() -> None:
         )
         link("jobs", "Build the demo's workspace here", do="demo")
         return
-    if records[0].spec == "cleanroom":
-        _path(cached.label_of(records[0]))
+    if by_hand := next((r for r in records if r.spec == "cleanroom"), None):
+        _path(cached.label_of(by_hand))
     st.subheader("Models in this workspace")
     st.caption(plain(str(place.root)))
     for record in records:
@@ -76,6 +84,7 @@ def _model(record: ModelRecord, database: Database) -> None:
     label = cached.label_of(record)
     with st.container(border=True):
         st.markdown(f"**{plain(label)}** · weights {code(record.hash[:16])}")
+        _faces(record, label)
         stores = cached.stores_of(record)
         rows = [
             {
@@ -97,6 +106,26 @@ def _model(record: ModelRecord, database: Database) -> None:
         }  # fmt: skip
         st.caption(", ".join(f"{plain(what)}: {n:d}" for what, n in kept.items()))
         _links(record, label, [site.name for s in stores for site in s.provenance.sites])
+
+
+def _faces(record: ModelRecord, label: str) -> None:
+    """Pictures of some units of each site that has any; a click opens the unit."""
+    pictures = cached.pictured(record)
+    sites: dict[str, list[Unit]] = {}
+    for unit in pictures:
+        sites.setdefault(unit.site, []).append(unit)
+    each = FACES // max(1, len(sites)) or 1
+    chosen = [unit for units in sites.values() for unit in _spread(units, each)][:FACES]
+    tiles = [Tile(str(u), str(u.index), str(u), cached.thumbnail(pictures[u], 56)) for u in chosen]
+    if tiles and (picked := sheet(tiles, key=f"faces-{label}")) is not None:
+        unit = Unit.parse(picked)
+        open_page("unit", model=label, site=unit.site, unit=unit.index)
+
+
+def _spread(units: list[Unit], n: int) -> list[Unit]:
+    """Some of a site's units, evenly spread over them."""
+    n = min(n, len(units))
+    return [units[i * len(units) // n] for i in range(n)]
 
 
 def _links(record: ModelRecord, label: str, sites: list[str]) -> None:

@@ -13,7 +13,7 @@ from circuits import jobs
 from circuits.factories import from_file
 from circuits.models.adapter.inputs import ImageInput
 
-DATA = {"images": ("photos", "curves", "shapes"), "tokens": ("repeats",)}
+DATA = {"images": ("photos", "crops", "curves", "shapes"), "tokens": ("repeats",)}
 SHOWN = 20
 
 
@@ -30,7 +30,7 @@ def page() -> None:
 def _start() -> None:
     records = {cached.label_of(r): r for r in cached.workspace().models()}
     if not records:
-        st.info("The workspace has no model yet: `circuits demo` builds one with three.")
+        st.info("The workspace has no model yet: `circuits demo` builds one with four.")
         title = "Build the demo's workspace"
         action(title, lambda: _begin(["demo", "--no-serve"], title), "job-demo")
         return

@@ -13,6 +13,7 @@ from circuits.checks import whole
 from circuits.cli import options
 from circuits.cli.output import warn
 from circuits.cli.signatures import Within, argument, command, option
+from circuits.concepts.basis import basis_table, basis_test
 from circuits.database import Database
 from circuits.families import Family
 from circuits.models.adapter.hooked_model import HookedModel
@@ -175,3 +176,20 @@ def _weights_between(
     title = f"{targets.name} from {sources.name}"
     output.draw(lambda figures: figures.family_figure(found, title))
     output.show(found.to_dict() | {"model_hash": model.hash}, found.tables(title))
+
+
+@command(app)
+def basis(
+    model: options.Model,
+    sites: Annotated[str, argument("The sites to test, with commas between them.")],
+    examples: options.Inputs,
+    output: options.Output,
+    random: options.Random = 99,
+    seed: options.Seed = 0,
+) -> None:
+    """Test whether a site's units are a better basis than random directions (by kurtosis)."""
+    loaded = model.load()
+    names = [loaded.site(name).name for name in sites.split(",")]
+    chosen = examples.choose(loaded, seed)
+    found = [basis_test(loaded, name, chosen, random, seed) for name in names]
+    output.show([test.to_dict() for test in found], [basis_table(found)])

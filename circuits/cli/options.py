@@ -67,7 +67,7 @@ Dtype = Annotated[Precision | None, option(
     "The type to give the model's numbers. By default that of its weights.", "--dtype"
 )]  # fmt: skip
 Data = Annotated[str, option(
-    "The dataset: photos, curves, shapes, repeats, folder:PATH (images), tokens:PATH (text), npz:PATH[:KEY], "
+    "The dataset: photos, crops, curves, shapes, repeats, folder:PATH (images), tokens:PATH (text), npz:PATH[:KEY], "
     "hf:PATH[:COLUMN], python:MODULE:FACTORY or FILE.py:FUNCTION.", "--data"
 )]  # fmt: skip
 HarvestedData = Annotated[str, option(

@@ -11,10 +11,11 @@ from typing import Annotated, NoReturn
 
 from typer import Typer
 
+from circuits import jobs
 from circuits.cli import options
 from circuits.cli.output import console, say
 from circuits.cli.signatures import Within, command, option
-from circuits.demo import build
+from circuits.demo import build, build_first, is_built
 from circuits.environment import TRUST_PYTHON, WORKSPACE
 from circuits.tables import Table
 from circuits.workspace import Workspace
@@ -88,14 +89,27 @@ def demo(
     output: options.Output,
     workspace: options.WorkspaceFolder = None,
     port: Port = PORT,
+    folder: Annotated[str, option(
+        "A folder of your own images, on which the first model is run too."
+    )] = "",
     serve: Annotated[bool, option(
-        "Start the app when the workspace is built, or do not.", "--serve/--no-serve"
+        "Open the app once its first model is there and build the others in the background; or build all, without the "
+        "app.", "--serve/--no-serve"
     )] = True,
 ) -> None:  # fmt: skip
     """Build a demo workspace from the built-in models (works offline) and open the app on it."""
     place = Workspace.default(workspace).writable()
+    missing, rows = not is_built(place), []
     with output.progress("demo") as progress:
-        rows = build(place, progress)
+        if folder or (serve and missing):
+            rows = build_first(place, folder, progress)
+        if not serve or not missing:
+            rows = list(dict.fromkeys([*rows, *build(place, progress)]))
+    if serve and missing:
+        jobs.start(place, ["demo", "--no-serve"], "Build the demo's other models")
+        say(
+            "The other models are built in the background: the app's page Jobs shows how far that is."
+        )
     table = Table(
         ("model", "what", "result", "where"), [(r.model, r.what, r.result, r.where) for r in rows]
     )

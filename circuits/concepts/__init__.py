@@ -1,5 +1,6 @@
 """Concepts of units: names with their evidence, masks, probes, and classifiers made of named concepts."""
 
+from circuits.concepts.basis import BasisTest, basis_test
 from circuits.concepts.bottleneck import (
     Bottleneck,
     Intervention,
@@ -24,6 +25,7 @@ from circuits.concepts.pooling import pooled
 from circuits.concepts.probes import Probe, probe
 
 __all__ = [
+    "BasisTest",
     "Bottleneck",
     "Dissection",
     "Intervention",
@@ -31,6 +33,7 @@ __all__ = [
     "Naming",
     "Probe",
     "as_recipe",
+    "basis_test",
     "damaged_names",
     "dissect",
     "history",

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from jaxtyping import Float
@@ -130,17 +130,23 @@ def write_image(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
     Raises:
         ValueError: if the path ends in something else.
     """
-    text = json.dumps(facts)
     if check_suffix(path).suffix.lower() == ".png":
         info = PngImagePlugin.PngInfo()
-        info.add_text("circuits", text)
-        options: dict[str, Any] = {"format": "PNG", "pnginfo": info}
-    else:
-        exif = Image.Exif()
-        exif[DESCRIPTION] = text
-        options = {"format": "WEBP", "quality": 90, "method": 4, "exif": exif}
+        info.add_text("circuits", json.dumps(facts))
+        with replacing(path) as temporary:
+            image.save(temporary, format="PNG", pnginfo=info)
+        return
     with replacing(path) as temporary:
-        image.save(temporary, **options)
+        as_webp(image, temporary, facts)
+
+
+def as_webp(
+    image: Image.Image, file: Path | IO[bytes], facts: dict[str, Any], quality: int = 90
+) -> None:
+    """Write a picture as WebP with facts inside."""
+    exif = Image.Exif()
+    exif[DESCRIPTION] = json.dumps(facts)
+    image.save(file, format="WEBP", quality=quality, method=4, exif=exif)
 
 
 def read_facts(path: Path) -> dict[str, Any]:

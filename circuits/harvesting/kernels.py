@@ -53,18 +53,20 @@ def _first(bits, start, key):
 
 
 @compiled(fastmath=True, nogil=True)
-def units_first(x, bits, center, argmax, total, square, least, positive):
+def units_first(x, bits, center, ceiling, argmax, total, square, least, positive, saturated):
     """Statistics of activations laid out example x unit x position.
 
     Args:
         x: the activations, float32.
         bits: the same memory as int32.
         center: the value about which sums are taken, for each unit, float32.
+        ceiling: the largest number that activations can have, float32; infinity without such a limit.
         argmax: overwritten by the first position of the largest activation, example x unit.
         total: overwritten by the sum of activation - center, example x unit.
         square: for each unit, the sum of (activation - center)^2 is added to it.
         least: for each unit, lowered to the smallest `ordered` activation.
         positive: for each unit, the number of activations above zero is added to it.
+        saturated: for each unit, the number of activations at the ceiling is added to it.
     """
     # The maximum is found block by block and its position only afterwards, in the block where it was: keeping the
     # position in the inner loop would cost a branch for each number.
@@ -72,11 +74,11 @@ def units_first(x, bits, center, argmax, total, square, least, positive):
         for u in range(x.shape[1]):
             row, row_bits, c = x[e, u], bits[e, u], center[u]
             best, low = np.int32(-0x80000000), least[u]
-            block, s1, s2, above = 0, 0.0, 0.0, 0
+            block, s1, s2, above, full = 0, 0.0, 0.0, 0, 0
             for start in range(0, len(row), BLOCK):
                 part, part_bits = row[start : start + BLOCK], row_bits[start : start + BLOCK]
                 high = np.int32(-0x80000000)
-                f1, f2, more = np.float32(0), np.float32(0), np.int32(0)
+                f1, f2, more, top = np.float32(0), np.float32(0), np.int32(0), np.int32(0)
                 for i in range(len(part)):
                     v, key = part[i], _ordered(part_bits[i])
                     high, low = max(high, key), min(low, key)
@@ -84,25 +86,32 @@ def units_first(x, bits, center, argmax, total, square, least, positive):
                     f1 += d
                     f2 += d * d
                     more += np.int32(v > 0)
+                    top += np.int32(v >= ceiling)
                 if high > best:
                     best, block = high, start
                 s1 += f1
                 s2 += f2
                 above += more
+                full += top
             argmax[e, u], total[e, u] = _first(row_bits, block, best), s1
             square[u] += s2
             least[u] = low
             positive[u] += above
+            saturated[u] += full
 
 
 @compiled(fastmath=True, nogil=True)
-def units_last(x, bits, center, argmax, total, square, least, positive):
+def units_last(x, bits, center, ceiling, argmax, total, square, least, positive, saturated):
     """The same as `units_first` for activations laid out example x position x unit."""
     # The inner loop runs over units, which are adjacent in memory; the sums of `UNITS` of them stay in the cache.
     n_places, n_units = x.shape[1], x.shape[2]
     f1, f2 = np.empty(UNITS, np.float32), np.empty(UNITS, np.float32)
     best, low = np.empty(UNITS, np.int32), np.empty(UNITS, np.int32)
-    at, above = np.empty(UNITS, np.int32), np.empty(UNITS, np.int32)
+    at, above, full = (
+        np.empty(UNITS, np.int32),
+        np.empty(UNITS, np.int32),
+        np.empty(UNITS, np.int32),
+    )
     for e in range(x.shape[0]):
         for first in range(0, n_units, UNITS):
             n = min(UNITS, n_units - first)
@@ -111,6 +120,7 @@ def units_last(x, bits, center, argmax, total, square, least, positive):
             low[:n] = least[first : first + n]
             at[:] = 0
             above[:] = 0
+            full[:] = 0
             total[e, first : first + n] = 0.0
             for start in range(0, n_places, BLOCK):
                 f1[:] = 0
@@ -127,6 +137,7 @@ def units_last(x, bits, center, argmax, total, square, least, positive):
                         f1[u] += d
                         f2[u] += d * d
                         above[u] += np.int32(v > 0)
+                        full[u] += np.int32(v >= ceiling)
                 for u in range(n):
                     total[e, first + u] += f1[u]
                     square[first + u] += f2[u]
@@ -134,6 +145,7 @@ def units_last(x, bits, center, argmax, total, square, least, positive):
                 argmax[e, first + u] = at[u]
                 least[first + u] = low[u]
                 positive[first + u] += above[u]
+                saturated[first + u] += full[u]
 
 
 @compiled(nogil=True)
@@ -177,10 +189,18 @@ def prepare():
     """Compile all loops, or load them from the cache, before processes are forked that would each do so."""
     x, center = np.zeros((2, 2, 3), np.float32), np.zeros(2, np.float32)
     square, least, positive = np.zeros(2), np.zeros(2, np.int32), np.zeros(2, np.int64)
-    found = (np.zeros((2, 2), np.int32), np.zeros((2, 2)), square, least, positive)
-    units_first(x, x.view(np.int32), center, *found)
+    found = (
+        np.zeros((2, 2), np.int32),
+        np.zeros((2, 2)),
+        square,
+        least,
+        positive,
+        np.zeros(2, np.int64),
+    )
+    ceiling = np.float32(np.inf)
+    units_first(x, x.view(np.int32), center, ceiling, *found)
     y = np.ascontiguousarray(x.transpose(0, 2, 1))
-    units_last(y, y.view(np.int32), center, *found)
+    units_last(y, y.view(np.int32), center, ceiling, *found)
     histogram, powers = np.zeros((2, 3), np.int64), np.zeros((4, 2))
     places = np.zeros((2, 1), np.int64)
     # Three kinds of memory layout, for each of which numba compiles a version of its own.

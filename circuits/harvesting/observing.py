@@ -36,8 +36,11 @@ def laid_out(site: Site, value: Tensor) -> tuple[Float[Tensor, "example a b"], i
     """
     units = site.activations(value).to(torch.float32)
     # Loops run along memory: transposing would cost more than the statistics.
-    if site.units_last and site.position_axes:
-        return units.movedim(2, 1).contiguous(), 1
+    turned = units.movedim(2, 1)
+    if (site.units_last and site.position_axes) or (
+        turned.is_contiguous() and not units.is_contiguous()
+    ):
+        return turned.contiguous(), 1
     return units.contiguous(), 2
 
 
@@ -52,6 +55,7 @@ class BatchStatistics:
     minimum: Float[np.ndarray, " unit"]
     positive: Int[np.ndarray, " unit"]
     count: Int[np.ndarray, "example unit"]
+    saturated: Int[np.ndarray, " unit"]
     nonfinite: Int[np.ndarray, " unit"] | int = 0
 
 
@@ -81,6 +85,7 @@ class Observer:
         # float32, as the loops subtract; the reference is rounded to it, so that both are one number.
         self._center = summary.center.astype(np.float32)
         self._scale = (BINS / (summary.high.astype(np.float64) - summary.low)).astype(np.float32)
+        self._ceiling = np.float32(np.inf if site.ceiling is None else site.ceiling)
         self.full = _FullBuffer(site, len(examples)) if full else None
         self.covariance = None if columns is None else _CovarianceSums(columns)
 
@@ -100,8 +105,6 @@ class Observer:
         if not (np.isfinite(found.total).all() and np.isfinite(found.square).all()):
             found = self._without_nonfinite(x, axis)
         self._add(found, rows)
-        if self.site.ceiling is not None:
-            self._s.saturated[:] += (x >= self.site.ceiling).sum((0, axis)).cpu().numpy()
         self._relocate(value, rows)
         self._look(x, axis, examples)
 
@@ -110,17 +113,23 @@ class Observer:
         numbers = x.numpy()
         n, units = x.shape[0], x.shape[3 - axis]
         argmax, total = np.empty((n, units), np.int32), np.empty((n, units))
-        square, positive = np.zeros(units), np.zeros(units, np.int64)
+        square, positive, saturated = (
+            np.zeros(units),
+            np.zeros(units, np.int64),
+            np.zeros(units, np.int64),
+        )
         least = np.full(units, np.iinfo(np.int32).max, np.int32)
         run = kernels.units_first if axis == 2 else kernels.units_last
         bits = numbers.view(np.int32)
-        run(numbers, bits, self._center, argmax, total, square, least, positive)
+        run(
+            numbers, bits, self._center, self._ceiling, argmax, total, square, least, positive, saturated
+        )  # fmt: skip
         at = np.expand_dims(argmax, axis)
         # From the tensor at the position found, as the loops only keep where the maximum is.
         maximum = np.take_along_axis(numbers, at, axis).squeeze(axis)
         minimum = kernels.ordered(least).view(np.float32)
         count = np.full((n, units), x.shape[axis])
-        return BatchStatistics(maximum, argmax, total, square, minimum, positive, count)
+        return BatchStatistics(maximum, argmax, total, square, minimum, positive, count, saturated)
 
     def _in_torch(self, x: Tensor, axis: int) -> BatchStatistics:
         """The statistics of a batch on any device."""
@@ -135,6 +144,7 @@ class Observer:
             x.amin((0, axis)).cpu().numpy(),
             (x > 0).sum((0, axis)).cpu().numpy(),
             np.full(maximum.shape, x.shape[axis]),
+            (x >= float(self._ceiling)).sum((0, axis)).cpu().numpy(),
         )
 
     def _without_nonfinite(self, x: Tensor, axis: int) -> BatchStatistics:
@@ -151,6 +161,7 @@ class Observer:
             np.where(finite, wide, np.inf).min((0, 2)).astype(np.float32),
             (finite & (wide > 0)).sum((0, 2)),
             count,
+            (finite & (wide >= self._ceiling)).sum((0, 2)),
             (~finite).sum((0, 2)),
         )
 
@@ -166,6 +177,7 @@ class Observer:
         s.minimum[:] = np.minimum(s.minimum, found.minimum)
         s.positive[:] += found.positive
         s.count[:] += count.sum(0)
+        s.saturated[:] += found.saturated
         s.nonfinite[:] += found.nonfinite
 
     def _relocate(self, value: Tensor, rows: np.ndarray) -> None:

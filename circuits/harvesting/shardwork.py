@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from circuits.examples import Examples
 from circuits.harvesting.observing import Observer
 from circuits.hooks import Look
+from circuits.models.adapter.flow import short_name
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.store.provenance import Provenance
 from circuits.store.shards import Shard, StoreWriter
@@ -61,9 +63,23 @@ class ShardWork:
     skip_bad: bool
     manifest: str = "manifest.jsonl"
 
+    @cached_property
+    def channels_last(self) -> bool:
+        """Whether channels are laid out last in memory: on a CPU, depthwise convolutions are twice as fast then.
+
+        It follows from the model alone, since sums are rounded otherwise in the other layout.
+        """
+        model = self.model
+        return model.device.type == "cpu" and any(
+            short_name(op) == "conv2d" and op.argument(6, "groups", 1) > 1
+            for op in model.program.operations
+        )
+
     def forward(self, inputs: Tensor, looks: Mapping[str, Look]) -> None:
         """Run one forward pass up to the last site, in the store's precision."""
         kind, device = self.provenance.depth.precision, self.model.device.type
+        if self.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         half = kind != "float32"
         if not half:
             self.model.observe(inputs, looks, self.model.last(looks))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,9 +33,10 @@ def open_source(spec: str) -> Source:
     """Open data by name.
 
     Args:
-        spec: `photos`, `curves`, `shapes` or `repeats`; `folder:PATH` (images), `tokens:PATH` (a text in each line),
-            `npz:PATH[:KEY]` (an array of images or of tokens), `hf:PATH[:COLUMN]` (a folder saved by Hugging Face
-            `datasets`), `python:MODULE:FACTORY` (a function that returns a map-style dataset) or `FILE.py:FUNCTION`.
+        spec: `photos`, `crops`, `curves`, `shapes` or `repeats`; `folder:PATH` (images), `tokens:PATH` (a text in each
+            line), `npz:PATH[:KEY]` (an array of images or of tokens), `hf:PATH[:COLUMN]` (a folder saved by Hugging
+            Face `datasets`), `python:MODULE:FACTORY` (a function that returns a map-style dataset) or
+            `FILE.py:FUNCTION`.
 
     The source's `spec` is the name in its one form (see `circuits.specs.normal_data`).
 
@@ -93,6 +95,38 @@ def _photos() -> ImageSource:
 
     hash = _digest("photos", *names, *(p.pixels.tobytes() for p in photographs()))
     return ImageSource("photos", tuple(names), hash, image)
+
+
+_SCALES, _SMALLEST = (1.0, 0.6, 0.35), 96
+"""Sides of crops, as shares of a photograph's shorter side; and the smallest side, in pixels."""
+
+
+def _crops() -> ImageSource:
+    """Square crops of the photographs of scikit-image at three scales, about half of each overlapping the next.
+
+    A network that was trained on whole objects sees them whole, and their parts large.
+    """
+    boxes: list[tuple[int, int, int, int]] = []
+    for index, photo in enumerate(photographs()):
+        height, width = photo.pixels.shape[:2]
+        sides = {max(_SMALLEST, round(scale * min(height, width))) for scale in _SCALES}
+        for side in sorted(sides, reverse=True):
+            across = (_overlapping(n, side) for n in (height, width))
+            boxes += [(index, top, left, side) for top, left in product(*across)]
+    names = tuple(f"{photographs()[i].name}@{left},{top}+{side}" for i, top, left, side in boxes)
+
+    def image(i: int) -> Image.Image:
+        index, top, left, side = boxes[i]
+        return Image.fromarray(photographs()[index].pixels[top : top + side, left : left + side])
+
+    hash = _digest("crops", *names, *(p.pixels.tobytes() for p in photographs()))
+    return ImageSource("crops", names, hash, image)
+
+
+def _overlapping(length: int, side: int) -> list[int]:
+    """The first pixels of crops that cover `length` and overlap by about half; at most four."""
+    n = min(4, round(max(0, length - side) / (side / 2)) + 1)
+    return [round(i * max(0, length - side) / max(1, n - 1)) for i in range(n)]
 
 
 def _starts(length: int, tile: int) -> list[int]:
@@ -248,6 +282,7 @@ def _python(name: str) -> Source:
 
 _OPENERS: dict[str, Callable[[], Source]] = {
     "photos": _photos,
+    "crops": _crops,
     "curves": _curves,
     "shapes": _shapes,
     "repeats": _repeats,

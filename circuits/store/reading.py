@@ -61,13 +61,14 @@ class Example:
     before: float | None = None
 
     def __str__(self) -> str:
-        """The activation, with what it would be without the ceiling if it is at one.
+        """The activation; what it would be without the ceiling if it is at one.
 
         >>> str(Example(0, "dog", 6.0, (), 9.71)), str(Example(0, "cat", 5.2, (), 5.2))
-        ('6 (9.71 before the ceiling)', '5.2')
+        ('9.71, cut off at 6', '5.2')
         """
-        above = self.before is not None and self.before > self.value
-        return f"{self.value:.3g}" + (f" ({self.before:.3g} before the ceiling)" if above else "")
+        if self.before is not None and self.before > self.value:
+            return f"{self.before:.3g}, cut off at {self.value:.3g}"
+        return f"{self.value:.3g}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,8 @@ class UnitStatistics:
         edges: the edges of the histogram's inner bins.
         histogram: counts below the first edge, between the edges and above the last one; of a random sample of each
             example's positions if `looked_at` is less than `count`.
-        tail: the exponential that fits the largest activations.
+        tail: the exponential that fits the largest activations; at a site with a ceiling (`Site.ceiling`), the largest
+            that they would be without it.
         saturated: the share of activations at the site's ceiling (`Site.ceiling`); None if it has none.
     """
 
@@ -374,9 +376,18 @@ class ActivationStore:
             nonfinite=int(s.nonfinite[0]),
             edges=bins,
             histogram=histogram,
-            tail=fit_tail(bins, histogram),
+            tail=self._tail(unit, bins, histogram),
             saturated=None if self.sites[unit.site].ceiling is None else float(s.saturation()[0]),
         )
+
+    def _tail(self, unit: Unit, bins: np.ndarray, histogram: np.ndarray) -> TailFit:
+        """The tail of a unit's activations, from the site before a ceiling if that was recorded."""
+        site = self._site(unit.site)
+        if site.before not in self.sites:
+            return fit_tail(bins, histogram)
+        place = self._place(Unit(site.before, unit.index))
+        s = self._summary(slice(place, place + 1))
+        return fit_tail(edges(float(s.low[0]), float(s.high[0])), s.histogram[0])
 
     def _strengths(self, unit: Unit) -> tuple[Site, np.ndarray, np.ndarray]:
         """A unit's largest activation on each example, and its flattened position.

@@ -24,6 +24,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.lone_heads import LoneHead, lone_head
 from circuits.models.adapter.rotation import rotations
 from circuits.models.adapter.transformer import Transformer
+from circuits.tensors import random_frame
 from circuits.units import Unit
 
 OFFSETS = (-1, 0)
@@ -340,21 +341,15 @@ def head_composition(
     triangle = torch.linalg.qr(moved.right.mT).R
     size, n = moved.left.shape
     turned = [
-        composition.LowRank(moved.left, triangle.mT @ _frame(size, n, generator).to(triangle).mT)
+        composition.LowRank(
+            moved.left, triangle.mT @ random_frame(size, n, generator).to(triangle).mT
+        )
         for _ in range(draws)
     ]
     return Composition(
         model.unit(source), model.unit(target), offsets, scores(moved), torch.stack([scores(one) for one in turned]),
         seed, transformer.normalises_qk(j),
     )  # fmt: skip
-
-
-def _frame(size: int, n: int, generator: torch.Generator) -> Float[Tensor, "size n"]:
-    """Random orthonormal columns, uniformly distributed: by QR of Gaussian numbers, with R's diagonal made positive
-    (Mezzadri 2007, "How to generate random matrices from the classical compact groups").
-    """
-    q, r = torch.linalg.qr(torch.randn(size, n, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()
 
 
 def neuron_directions(
