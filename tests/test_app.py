@@ -344,6 +344,14 @@ def test_home_shows_models_and_the_way_through(
     assert "circuits demo" in text(page(Workspace(tmp_path / "none"), monkeypatch, "home"))
 
 
+def test_a_site_says_whether_its_basis_is_privileged(built: Workspace, monkeypatch) -> None:
+    test = page(built, monkeypatch, "site", model="cleanroom", site="line", **{"as": "table"})
+    next(b for b in test.button if b.label == "Measure").click().run()
+    assert not test.exception
+    assert "random bases, seed 0; no p is below 0.025" in text(test)
+    assert "of random bases (95 %)" in test.dataframe[-1].value.columns
+
+
 def test_a_site_is_sorted_and_filtered(built: Workspace, monkeypatch) -> None:
     test = page(built, monkeypatch, "site", model="cleanroom", site="line", **{"as": "table"})
     assert not test.exception

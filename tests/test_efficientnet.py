@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from circuits.examples import Examples
+from circuits.featurevis.badges import natural_responses, reliability
+from circuits.featurevis.render import Settings, visualize_units
 from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
@@ -269,3 +271,13 @@ def test_a_photograph_is_scaled_and_cropped_as_in_training(model: HookedModel) -
     bytes_ = torch.tensor(np.asarray(wanted)).permute(2, 0, 1).float()
     given = model.input.normalize(model.input.load(picture)[None])[0]
     torch.testing.assert_close(given, (bytes_ - 127) / 128)
+
+
+def test_badges_compare_with_examples_above_the_ceiling(model: HookedModel) -> None:
+    """Else every picture and every example would reach 6."""
+    natural = natural_responses(model, "block1a_depthwise", Examples(model, "crops", 12))
+    assert float(natural.maximum.max()) > 6.5
+    picture = visualize_units(model, ["block1a_depthwise:5"], steps=16, size=64)[0]
+    assert picture.activation > picture.start
+    (found,) = reliability(model, [picture], natural, Settings(steps=4, size=64))
+    assert 0 < found.reached != 1.0

@@ -19,6 +19,7 @@ from apps.address import (
     plain,
 )
 from apps.canvas import Tile, sheet
+from apps.panels.bases import basis_panel
 from apps.panels.maps import map_panel
 from circuits.concepts import names_of
 from circuits.families import saved_families
@@ -63,6 +64,8 @@ def page() -> None:
     )
     if store is None:
         st.info(not_harvested(record, site.name))
+    elif site.inner_axis is None and site.n_units > 1:
+        basis_panel(model, site, store)
 
 
 def _table(
