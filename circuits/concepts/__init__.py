@@ -9,6 +9,13 @@ from circuits.concepts.bottleneck import (
     train_bottleneck,
 )
 from circuits.concepts.dissection import Dissection, dissect
+from circuits.concepts.names_files import (
+    NamesFile,
+    import_names,
+    read_names,
+    shipped_names,
+    write_names,
+)
 from circuits.concepts.naming import (
     Name,
     Naming,
@@ -28,12 +35,14 @@ __all__ = [
     "Dissection",
     "Intervention",
     "Name",
+    "NamesFile",
     "Naming",
     "Probe",
     "as_recipe",
     "damaged_names",
     "dissect",
     "history",
+    "import_names",
     "intervene",
     "name_by_attributes",
     "name_by_text",
@@ -41,7 +50,10 @@ __all__ = [
     "names_of",
     "pooled",
     "probe",
+    "read_names",
     "save_names",
+    "shipped_names",
     "suspects",
     "train_bottleneck",
+    "write_names",
 ]
