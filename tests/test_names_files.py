@@ -14,6 +14,7 @@ from circuits.concepts import (
     name_unit,
     names_of,
     read_names,
+    shipped_names,
     write_names,
 )
 from circuits.database import Database
@@ -97,3 +98,16 @@ def test_names_of_another_model_or_unit_are_refused(
     with pytest.raises(FileNotFoundError, match="no names file ships for model 'cleanroom'"):
         import_names(database, model)
     assert names_of(database, model.hash) == {}
+
+
+def test_names_that_ship_are_of_their_model_with_evidence(tmp_path: Path) -> None:
+    model = load_model("efficientnet-lite0")
+    path = shipped_names(model)
+    assert path is not None
+    found = read_names(path)
+    assert len(found.names) >= 40
+    for name in found.names:
+        assert not name.unit.site.endswith("_pre_relu")
+        assert {"by", "measured_at", "best_photographs", "zeroed"} <= name.evidence.keys()
+    saved = import_names(Database(tmp_path / "workspace.db"), model)
+    assert len(saved) == len(found.names)
