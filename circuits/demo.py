@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from circuits.autoencoders import FILE, load_autoencoder
-from circuits.concepts import Name, name_by_attributes, names_of, pooled, save_names
+from circuits.concepts import Name, import_names, name_by_attributes, names_of, pooled, save_names
 from circuits.examples import Examples
 from circuits.families import find_families, save_family, saved_families
 from circuits.featurevis.render import visualize_units
@@ -70,7 +70,7 @@ class Plan:
         pictured: site and units to visualize.
         families: sites whose units are sorted into turned versions of one another.
         concepts: autoencoders.
-        shipped: whether the package has pictures of its units.
+        shipped: whether the package has pictures and names of its units.
     """
 
     model: str
@@ -220,8 +220,7 @@ def _build(
     for plan in plans:
         model = load_model(plan.model)
         if plan.shipped:
-            n, place = unpack(model, workspace), workspace.pictures_folder(model.hash)
-            built(Row(plan.model, "pictures that come with the package", f"{n} units", str(place)))
+            built(_shipped(model, workspace))
         for data in plan.data:
             built(
                 _activations(
@@ -235,6 +234,18 @@ def _build(
         for concepts in plan.concepts:
             built(_concepts(plan.model, model, concepts, workspace))
     return rows
+
+
+def _shipped(model: HookedModel, workspace: Workspace) -> Row:
+    """Put the pictures and names of units that come with the package into the workspace."""
+    n, database = unpack(model, workspace), workspace.database
+    if not names_of(database, model.hash):
+        import_names(database, model, note="comes with the package")
+    named = len(names_of(database, model.hash))
+    place = workspace.pictures_folder(model.hash)
+    return Row(
+        model.name, "what comes with the package", f"{n} pictures, {named} names", str(place)
+    )
 
 
 def _activations(

@@ -8,17 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cases.curve_detector.hosts import images_of
 from cases.curve_detector.page import found_in_place, found_of_constants
 from cases.curve_detector.stage import Options
+from cases.imagenet.evidence import _at_eyes
+from cases.imagenet.names import text_of
+from cases.imagenet.photographs import shuffled_model
 from circuits.cli.main import run
+from circuits.concepts import read_names
 from circuits.models.zoo.loading import load_model
 
 WHOLE = pytest.mark.nightly  # a whole case takes minutes
 
-CASE = Path(__file__).parents[1] / "cases/curve_detector"
+CASES = Path(__file__).parents[1] / "cases"
+CASE = CASES / "curve_detector"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def results(workspace: Path) -> dict:
     return json.loads((workspace / "cases/curve-detector/results.json").read_text())
 
 
-def found(results: dict, path: str) -> float:
+def number(results: dict, path: str) -> float:
     value = results
     for part in path.split("/"):
         value = value[part]
@@ -43,7 +49,7 @@ def found(results: dict, path: str) -> float:
 def test_the_case_is_held_to_its_numbers(results: dict) -> None:
     expected = json.loads((CASE / "expected.json").read_text())["fast"]
     for path, (value, tolerance) in expected.items():
-        assert found(results, path) == pytest.approx(value, abs=tolerance), path
+        assert number(results, path) == pytest.approx(value, abs=tolerance), path
     curves = [u for u in results["units"] if u["layer"] == "curve"]
     assert len(curves) == 72
     assert all(28 <= u["fwhm"] <= 68 for u in curves)
@@ -165,6 +171,9 @@ def test_bad_input_is_one_line(folders: tuple[Path, Path], tmp_path: Path, capsy
         ),
         (["curve-detector", "--transplant", "nothing"], "nothing"),
         (["curve-detector", "--seed", "-1"], "seed"),
+        (["imagenet", "--calibrate", str(one)], "--calibrate: case imagenet has no such option"),
+        (["imagenet", "--transplant", "shapes"], "--transplant: case imagenet has no such option"),
+        (["imagenet", "--labels", str(one / "0.png")], "--labels: expected with --evaluate"),
     ]  # fmt: skip
     for arguments, message in asked:
         assert run(["case", *arguments, *place]) == 2, arguments
@@ -190,3 +199,71 @@ def test_a_host_is_shown_what_can_be_read_and_the_rest_is_accounted_for(
     assert "1.png" in images.facts["evaluation"]
     known, measured = images.load()
     assert (len(known), len(measured), measured.labels) == (3, 2, (3, 5))
+
+
+# --- what is in a network that recognises photographs ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> tuple[dict, Path]:
+    place = tmp_path_factory.mktemp("imagenet")
+    assert run(["case", "imagenet", "--fast", "--workspace", str(place)]) == 0
+    folder = place / "cases/imagenet"
+    return json.loads((folder / "results.json").read_text()), folder
+
+
+def test_ranks_at_eyes_by_hand() -> None:
+    """Two photographs, one unit: highest at the first one's eye, lowest at the second one's."""
+    maps = torch.arange(16.0).reshape(1, 1, 4, 4).repeat(2, 1, 1, 1)
+    own, gain = _at_eyes(maps, [[(0.9, 0.9), (0.0, 0.0)], [(0.1, 0.1)]])
+    assert own.tolist() == [[1.0], [0.0]]  # of several eyes the highest counts
+    assert gain.tolist() == [[1.0], [-1.0]]  # beside where the other photograph has its eye
+
+
+def test_names_of_drawings_say_angles_where_there_are_any() -> None:
+    assert text_of("line", "dark, thin", 45.0) == "line along 45°: dark, thin"
+    assert text_of("curve", "dark", None) == "curve: dark"
+    assert text_of("colour spot", "red in cyan", None) == "colour spot: red in cyan"
+
+
+def test_shuffled_weights_leave_each_channel_its_mean_and_deviation() -> None:
+    model = load_model("efficientnet-lite0")
+    images = torch.rand((4, 3, 64, 64), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    control = shuffled_model(model, images, 0)
+    for site in ("stem_pre_relu", "block2a_depthwise_pre_relu", "block3b_project"):
+        own, other = (m.run(images, read=[site])[site] for m in (model, control))
+        torch.testing.assert_close(other.mean((0, 2, 3)), own.mean((0, 2, 3)), atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(other.std((0, 2, 3)), own.std((0, 2, 3)), atol=1e-3, rtol=1e-2)
+        assert not torch.allclose(other, own, atol=0.1)
+    assert model.hash == load_model("efficientnet-lite0").hash
+
+
+@WHOLE
+def test_units_of_imagenet_are_told_beyond_shuffled_weights(found: tuple[dict, Path]) -> None:
+    results, _ = found
+    expected = json.loads((CASES / "imagenet/expected.json").read_text())["fast"]
+    for path, (value, tolerance) in expected.items():
+        assert number(results, path) == pytest.approx(value, abs=tolerance), path
+    kinds = results["drawings"]["kinds"]
+    told = {
+        name: sum(n for s in sites.values() for n in s.values()) for name, sites in kinds.items()
+    }
+    assert told["trained"] > 4 * told["shuffled weights"]
+    assert results["thin"]  # of photographs that are installed no class is known
+    assert results["classes"]["units"] == results["eyes"]["units"] == []
+    for row in results["decision"]["rows"]:
+        assert row["lost"]["30"]["attributed"] > row["lost"]["30"]["random_high"]
+
+
+@WHOLE
+def test_names_of_imagenet_have_their_evidence(found: tuple[dict, Path]) -> None:
+    results, folder = found
+    names = read_names(folder / "names.json")
+    assert [str(n.unit) for n in names.names] == [n["unit"] for n in results["names"]]
+    for name in names.names:
+        assert name.evidence["measured_at"] == f"{name.unit.site}_pre_relu"
+        assert len(name.evidence["best_photographs"]) == 3
+        assert name.evidence["zeroed"]["kl"] >= 0
+    page = (folder / "report.html").read_text()
+    assert "no class is known" in page
+    assert page.count("data:image/png;base64,") >= 4

@@ -372,7 +372,12 @@ def test_all_cases_are_what_they_were():
 
 def test_cases_are_as_recorded():
     paths = sorted(CASES.rglob("claims.yaml"))
-    assert [p.parent.name for p in paths] == ["curve_detector", "induction", "modular_addition"]
+    assert [p.parent.name for p in paths] == [
+        "curve_detector",
+        "imagenet",
+        "induction",
+        "modular_addition",
+    ]
     for path in paths:
         file = read_claims(path)
         recorded = read_recorded(path, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +280,16 @@ def test_bad_input(change, message: str) -> None:
         )
     with pytest.raises(ValueError, match="examples are empty: expected at least one"):
         match_and_fit(model, tuned("act", model), donor, [tuned("pre", donor)], [])
+
+
+def test_nothing_that_is_put_behind_a_relu6_exceeds_it() -> None:
+    bounded = host().module
+    bounded.act = nn.ReLU6()
+    known = HookedModel(bounded, SPEC, "bounded")
+    graft = match_and_fit(known, tuned("act", known), twin(), [tuned("pre", twin())], images(16, 0))
+    strong = replace(graft, matches=tuple(replace(m, gain=100 * m.gain) for m in graft.matches))
+    shown = torch.cat(images(16, 1))
+    assert float(strong.maps(known, shown).max()) == 6.0
+    unbounded = replace(strong, ceiling=float("inf"))
+    torch.testing.assert_close(strong.maps(known, shown), unbounded.maps(known, shown).clamp_max(6))
+    assert float(unbounded.maps(known, shown).max()) > 6

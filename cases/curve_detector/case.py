@@ -7,47 +7,21 @@ what is missing.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import circuits
 from cases.curve_detector import evidence, hosts
 from cases.curve_detector.page import write_page
-from cases.curve_detector.stage import Options, Progress, Stage
+from cases.curve_detector.stage import Options
+from cases.stages import Make, Progress, Result, code_of, each_stage
 from circuits.cleanroom.network import provenance
-from circuits.figures import save_figure
-from circuits.files import Keep, keeping, write_json
-from circuits.json_files import read_json
+from circuits.files import write_json
 from circuits.models.zoo.loading import load_model
+from circuits.tables import Table
 from circuits.workspace import Workspace
 
 NAME = "curve-detector"
 FOLDER = Path(__file__).parent
-_PARTS = 100  # of a stage, for the progress bar
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run showed.
-
-    Attributes:
-        results: all numbers, as `results.json` has them.
-        page: the report.
-        folder: where both are.
-    """
-
-    results: dict[str, Any]
-    page: Path
-    folder: Path
-
-
-Make = Callable[[Progress, Keep], Stage]
 
 
 def run(
@@ -68,7 +42,12 @@ def run(
     model = load_model("cleanroom")
     host = load_model(options.transplant, options.weights)
     images, site = hosts.images_of(options, host), hosts.site_of(host, options)
-    base = {"model": model.hash, "code": _code(), "fast": options.fast, "seed": options.seed}
+    base = {
+        "model": model.hash,
+        "code": code_of(FOLDER, evidence.PUBLISHED),
+        "fast": options.fast,
+        "seed": options.seed,
+    }
     own = {"host": host.hash, "site": site, "images": images.facts}
     moving = f"transplant into {host.name}"
     stages: dict[str, tuple[dict[str, Any], Make]] = {
@@ -80,14 +59,10 @@ def run(
         moving: (base | own, lambda *how: hosts.transplant(model, host, images, options, *how)),
     }
     folder = workspace.writable().root / "cases" / NAME
-    made: dict[str, tuple[dict[str, Any], dict[str, Path]]] = {}
     # the host comes first: what is wrong with it is said before minutes have passed
-    for k, name in enumerate(sorted(stages, key=lambda name: name != moving)):
-        note = partial(_within, progress, k, len(stages))
-        note(0, 1)
-        made[name] = _kept(folder, name, *stages[name], note)
-        note(1, 1)
-    numbers = {name: made[name][0] for name in stages}
+    order = sorted(stages, key=lambda name: name != moving)
+    made = dict(each_stage(folder, {name: stages[name] for name in order}, progress))
+    numbers = {name: made[name].numbers for name in stages}
     results = {
         "case": NAME,
         "units": numbers["tuning"].pop("units"),
@@ -103,46 +78,20 @@ def run(
     }
     write_json(folder / "results.json", results)
     page = folder / "report.html"
-    write_page(page, results, {name: made[name][1] for name in stages})
+    write_page(page, results, {name: made[name].figures for name in stages})
     return Result(results, page, folder)
 
 
-def _within(progress: Progress | None, stage: int, n: int, done: int, total: int) -> None:
-    """Tell the progress of one stage as a part of all."""
-    if progress is not None:
-        progress(stage * _PARTS + round(_PARTS * done / max(total, 1)), n * _PARTS)
+def table(made: Result) -> Table:
+    """What came of putting something else in the place of the host's curve units."""
+    rows = [_row(name, condition) for name, condition in made.results["transplant"].items()]
+    title = f"{NAME}: curve units of {made.results['transplant_facts']['host']} replaced"
+    columns = ("in their place", "KL recovered", "95 %", "KL", "top-1", "top-5")
+    return Table(columns, rows, title, f"report: {made.page}")
 
 
-def _code() -> str:
-    """What the code of the case and of the library is, in short: other code, other results."""
-    sources = [
-        *FOLDER.glob("*.py"),
-        evidence.PUBLISHED,
-        *Path(circuits.__file__).parent.rglob("*.py"),
-    ]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
-
-
-def _kept(
-    folder: Path, name: str, facts: dict[str, Any], make: Make, progress: Progress
-) -> tuple[dict[str, Any], dict[str, Path]]:
-    """A stage as it was made before from the same facts, or made now."""
-    key = hashlib.sha256(json.dumps([name, facts], sort_keys=True).encode()).hexdigest()[:16]
-    place = folder / "stages" / f"{name.replace(' ', '-')}-{key}"
-    try:
-        known = read_json(place / "stage.json")
-        paths = {caption: place / file for caption, file in known["figures"].items()}
-        if all(path.is_file() for path in paths.values()):
-            return known["numbers"], paths
-    except (OSError, ValueError, KeyError):
-        pass  # there is none, or it was not finished: it is made now
-    stage = make(progress, keeping(place / "parts"))
-    place.mkdir(parents=True, exist_ok=True)
-    files = {caption: f"figure-{k}.png" for k, caption in enumerate(stage.figures)}
-    for caption, figure in stage.figures.items():
-        save_figure(figure, place / files[caption])
-    write_json(place / "stage.json", {"numbers": stage.numbers, "figures": files, "facts": facts})
-    shutil.rmtree(place / "parts", ignore_errors=True)  # all of them are in it
-    # read back, so that a first run and one from the cache say the same
-    numbers = read_json(place / "stage.json")["numbers"]
-    return numbers, {caption: place / file for caption, file in files.items()}
+def _row(name: str, condition: dict[str, Any]) -> tuple[Any, ...]:
+    recovered = condition["recovered_kl"]
+    low, high = recovered["low"], recovered["high"]
+    values = (condition[k]["value"] for k in ("kl", "accuracy", "top5"))
+    return name, recovered["value"], "" if low is None else f"{low:.3f} to {high:.3f}", *values

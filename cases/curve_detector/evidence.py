@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cases.curve_detector import drawing
-from cases.curve_detector.stage import Options, Stage
+from cases.curve_detector.stage import Options
+from cases.stages import Stage
 from circuits.cleanroom.network import FAMILIES, RADII, UNIT_NAMES
 from circuits.featurevis.render import visualize_units
 from circuits.figures import heat_map_figure

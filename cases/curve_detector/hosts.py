@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cases.curve_detector import drawing
-from cases.curve_detector.stage import Options, Progress, Stage
+from cases.curve_detector.stage import Options
+from cases.stages import Progress, Stage
 from circuits.cleanroom.network import FAMILIES
 from circuits.examples import Examples
 from circuits.files import Keep

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from circuits.files import replacing
-
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222; background: #fff; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption { color: #555; font-size: .9em; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .9em; }
-td, th { padding: .2rem .7rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; } tr + tr { border-top: 1px solid #ddd; }
-details { margin: 1rem 0; }
-"""
+from cases.pages import figures_of, interval_text, write_html
 
 
 def write_page(
@@ -27,17 +16,9 @@ def write_page(
     """Write the report; it shows the numbers of `results` and nothing else."""
     parts = [_claim(results), _table_of_conditions(results)]
     for stage, shown in figures.items():
-        parts.append(f"<h2>{escape(stage.capitalize())}</h2>")
-        parts += [_figure(caption, file) for caption, file in shown.items()]
+        parts += figures_of(stage, shown)
     parts += [_units(results), _facts(results)]
-    text = (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>Curve detectors written by hand</title><style>{_STYLE}</style>"
-        + "\n".join(parts)
-        + "</html>\n"
-    )
-    with replacing(path) as temporary:
-        temporary.write_text(text)
+    write_html(path, "Curve detectors written by hand", parts)
 
 
 def _claim(results: Mapping[str, Any]) -> str:
@@ -94,8 +75,8 @@ def found_in_place(results: Mapping[str, Any]) -> str:
     best = max(known, key=lambda name: conditions[name]["recovered_kl"]["value"])
     control = conditions[best]["recovered_kl"]
     text = (
-        f"In the place of {units} it recovers {_interval(own, 2)} of the KL divergence that zeroing them costs; of the "
-        f"controls {best} recovers most, {_interval(control, 2)}"
+        f"In the place of {units} it recovers {interval_text(own, 2)} of the KL divergence that zeroing them costs; "
+        f"of the controls {best} recovers most, {interval_text(control, 2)}"
     )
     apart = None not in (own["low"], control["high"]) and own["low"] > control["high"]
     below = None not in (own["high"], control["low"]) and own["high"] < control["low"]
@@ -109,7 +90,7 @@ def found_of_constants(results: Mapping[str, Any]) -> str:
     best = results["transplant"]["best constant"]["recovered_kl"]
     if best["value"] is None:
         return ""
-    said = f"The best constant recovers {_interval(best, 2)}"
+    said = f"The best constant recovers {interval_text(best, 2)}"
     if best["low"] is not None and best["low"] > 0:
         return f"{said}: that part of what zeroing costs is a missing bias of later layers."
     if best["value"] > 0:
@@ -126,7 +107,7 @@ def _table_of_conditions(results: Mapping[str, Any]) -> str:
     rows = ""
     for name, c in results["transplant"].items():
         cells = "".join(
-            f"<td>{_interval(c[k], d)}"
+            f"<td>{interval_text(c[k], d)}"
             for k, d in (("recovered_kl", 2), ("kl", 3), ("accuracy", 3), ("top5", 3))
         )
         p = "" if c["p_kl"] is None else f"{c['p_kl']:.2g}, {c['p_accuracy']:.2g}"
@@ -143,21 +124,8 @@ def _table_of_conditions(results: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-def _interval(m: Mapping[str, Any], digits: int) -> str:
-    if m["value"] is None:
-        return "n/a"
-    between = "" if m["low"] is None else f" ({m['low']:.{digits}f} to {m['high']:.{digits}f})"
-    return f"{m['value']:.{digits}f}{between}"
-
-
 def _number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.2f}"
-
-
-def _figure(caption: str, file: Path) -> str:
-    data = base64.b64encode(file.read_bytes()).decode()
-    image = f"<img alt='{escape(caption, quote=True)}' src='data:image/png;base64,{data}'>"
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _units(results: Mapping[str, Any]) -> str:

@@ -1,15 +1,9 @@
-"""What a run is asked for, and what each of its stages gives."""
+"""What a run is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from circuits.figures import Figure
-
-Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
@@ -35,16 +29,3 @@ class Options:
     evaluate: Path | None = None
     labels: Path | None = None
     seed: int = 0
-
-
-@dataclass
-class Stage:
-    """One part of the evidence.
-
-    Attributes:
-        numbers: for `results.json`.
-        figures: captions and files.
-    """
-
-    numbers: dict[str, Any]
-    figures: dict[str, Figure] = field(default_factory=dict)

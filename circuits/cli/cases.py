@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,6 @@ from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.signatures import argument, command, option
-from circuits.tables import Table
 from circuits.workspace import Workspace
 
 app = Typer()
@@ -22,12 +21,14 @@ _PROJECT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a case is run; `Options` of the case has the same fields."""
+    """How a case is run; what is given must be a field of the case's `Options`, which has the defaults."""
 
     fast: Annotated[bool, option(
         "Run it coarsely: with fewer angles, pictures and images.", "--fast"
     )] = False  # fmt: skip
-    transplant: Annotated[str, option("The model whose curve units are replaced.")] = "shapes"
+    transplant: Annotated[str, option(
+        "The model whose curve units are replaced; by default shapes."
+    )] = ""  # fmt: skip
     site: Annotated[str, option(
         "The site of these units. By default mixed3b_5x5, for shapes and googlenet."
     )] = ""  # fmt: skip
@@ -35,7 +36,8 @@ class Settings:
         "A folder of images on which gains and thresholds are fitted; not needed for shapes, which has its drawings."
     )] = None  # fmt: skip
     evaluate: Annotated[Path | None, option(
-        "A folder of images to measure on; the folder of --calibrate is halved. Not needed for shapes."
+        "A folder of images to measure on; the folder of --calibrate is halved. Not needed for shapes; of imagenet by "
+        "default photographs that are installed."
     )] = None  # fmt: skip
     labels: Annotated[Path | None, option(
         "A JSON file with the class of each of these images; not needed for shapes."
@@ -55,22 +57,24 @@ def case(
 ) -> None:
     """Run a case study and report its evidence as numbers and as a page. Run it again to resume."""
     study = _study(name)
+    asked = _options(name, study.Options, settings)
     with output.progress(name) as progress:
-        made = study.run(Workspace.default(workspace), study.Options(**vars(settings)), progress)
-    rows = [_row(k, c) for k, c in made.results["transplant"].items()]
-    title = f"{name}: curve units of {made.results['transplant_facts']['host']} replaced"
-    columns = ("in their place", "KL recovered", "95 %", "KL", "top-1", "top-5")
-    output.show(
-        made.results | {"page": str(made.page)},
-        [Table(columns, rows, title, f"report: {made.page}")],
-    )
+        made = study.run(Workspace.default(workspace), asked, progress)
+    output.show(made.results | {"page": str(made.page)}, [study.table(made)])
 
 
-def _row(name: str, condition: dict[str, Any]) -> tuple[Any, ...]:
-    recovered = condition["recovered_kl"]
-    low, high = recovered["low"], recovered["high"]
-    values = (condition[k]["value"] for k in ("kl", "accuracy", "top5"))
-    return name, recovered["value"], "" if low is None else f"{low:.3f} to {high:.3f}", *values
+def _options(name: str, of_case: Any, settings: Settings) -> Any:
+    """What a case is asked for: its own options, without those that were not given.
+
+    Raises:
+        ValueError: if one was given that the case does not have.
+    """
+    known = {field.name for field in fields(of_case)}
+    given = {k: v for k, v in vars(settings).items() if v not in (None, "")}
+    # Switches and the seed have a value in any case.
+    if unknown := sorted(given.keys() - known - {"fast", "seed"}):
+        raise ValueError(f"--{unknown[0]}: case {name} has no such option")
+    return of_case(**{k: v for k, v in given.items() if k in known})
 
 
 def _study(name: str) -> Any:

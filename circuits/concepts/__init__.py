@@ -10,6 +10,13 @@ from circuits.concepts.bottleneck import (
     train_bottleneck,
 )
 from circuits.concepts.dissection import Dissection, dissect
+from circuits.concepts.names_files import (
+    NamesFile,
+    import_names,
+    read_names,
+    shipped_names,
+    write_names,
+)
 from circuits.concepts.naming import (
     Name,
     Naming,
@@ -30,6 +37,7 @@ __all__ = [
     "Dissection",
     "Intervention",
     "Name",
+    "NamesFile",
     "Naming",
     "Probe",
     "as_recipe",
@@ -37,6 +45,7 @@ __all__ = [
     "damaged_names",
     "dissect",
     "history",
+    "import_names",
     "intervene",
     "name_by_attributes",
     "name_by_text",
@@ -44,7 +53,10 @@ __all__ = [
     "names_of",
     "pooled",
     "probe",
+    "read_names",
     "save_names",
+    "shipped_names",
     "suspects",
     "train_bottleneck",
+    "write_names",
 ]

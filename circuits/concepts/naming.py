@@ -440,7 +440,7 @@ def save_names(
             KIND,
             model_hash,
             str(name.unit),
-            name.to_dict(),
+            finite(name.to_dict()),
             note,
             None if name.by == "person" else name.by,
         )

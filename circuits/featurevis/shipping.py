@@ -13,7 +13,7 @@ import logging
 import time
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -46,7 +46,7 @@ class Batch:
     """
 
     site: str
-    units: range
+    units: Sequence[int]
     size: int
     steps: int
 
@@ -61,9 +61,20 @@ SHIPPED = {
         Batch("block5c_expand", range(64), 128, 128),
         Batch("block6d_expand", range(64), 160, 192),
         Batch("head", range(64), 160, 192),
+        # The units that have a name (`circuits case imagenet`).
+        Batch("block2b_depthwise", (3, 8, 11, 13, 17, 30, 37, 45, 52, 59, 74, 98, 100, 130, 139, 143,), 96, 128),
+        Batch("block3a_depthwise", (3, 12, 19, 25, 26, 35, 40, 47, 67, 73, 81, 121, 135,), 96, 128),
+        Batch("block3b_depthwise", (36, 44, 53, 56, 57, 63, 80, 105, 117, 120, 124, 126, 131, 141, 143, 152, 153, 166, 192, 205, 215, 219,), 96, 128),
+        Batch("block4a_expand", (21, 29, 42, 116, 131, 145, 158, 228,), 96, 128),
+        Batch("block4a_depthwise", (11, 17, 20, 29, 44, 61, 85, 95, 96, 99, 102, 121, 129, 132, 133, 135, 142, 147, 160, 161, 185, 193, 196, 197, 215, 228,), 128, 128),
+        Batch("block4c_depthwise", (461,), 128, 128),
+        Batch("block5a_depthwise", (129, 204, 224, 269, 299, 450,), 128, 128),
+        Batch("block5b_depthwise", (61, 71, 325, 448, 486, 586,), 128, 128),
+        Batch("block5c_depthwise", (84, 114, 200, 265, 290, 344, 354, 527, 535, 596,), 128, 128),
+        Batch("block6c_depthwise", (4, 35, 54, 79, 188, 214, 233, 261, 300, 314, 385, 448, 590, 596, 612, 641, 660, 734, 740, 752, 801, 832, 864, 911, 969, 973, 1082, 1092,), 160, 192),
     )
-}
-"""What is shipped, by the model's name: early sites as a whole, and some units of later ones."""
+}  # fmt: skip
+"""What is shipped, by the model's name: early sites as a whole, some units of later ones, and units that have a name."""
 
 
 def archive(model: str) -> Path:
@@ -111,36 +122,64 @@ def make(
     seed: int,
     progress: Progress | None = None,
 ) -> None:
-    """Make pictures, and write them into an archive and how they were made into a log beside it."""
+    """Make pictures, and write them into an archive and how they were made into a log next to it.
+
+    What an archive of that name has already is taken from it.
+    """
     total, done = sum(len(b.units) for b in batches), 0
-    lines = []
+    log_path = out.with_suffix(".log.jsonl")
+    known, lines = _made_before(out, model.hash), _log_before(log_path)
     with replacing(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
         file.comment = model.hash.encode()
         for batch in batches:
-            began, site = time.monotonic(), model.site(batch.site)
-            reached: list[float] = []
             for start in range(0, len(batch.units), AT_ONCE):
-                units = [site.unit(i) for i in batch.units[start : start + AT_ONCE]]
-                for picture in visualize_units(
-                    model, units, steps=batch.steps, size=batch.size, seed=seed
-                ):
-                    name = Workspace.picture_name(str(picture.unit), picture.file_name(), ".webp")
+                some = replace(batch, units=batch.units[start : start + AT_ONCE])
+                names = [_name(batch, i, seed) for i in some.units]
+                if not set(names) <= set(known):
+                    known |= _made(model, some, seed, lines)
+                for name in names:
                     # A fixed date: the same pictures make the same archive.
                     info = zipfile.ZipInfo(name, (2026, 1, 1, 0, 0, 0))
-                    file.writestr(info, _small(picture), zipfile.ZIP_DEFLATED)
-                    reached.append(picture.activation)
-                done += len(units)
+                    file.writestr(info, known[name], zipfile.ZIP_DEFLATED)
+                done += len(names)
                 if progress is not None:
                     progress(done, total)
-            line = {
-                "site": batch.site, "units": len(batch.units), "size": batch.size, "steps": batch.steps, "seed": seed,
-                "mean_activation": sum(reached) / len(reached), "seconds": round(time.monotonic() - began, 1),
-            }  # fmt: skip
-            log.info("%s", json.dumps(line))
-            lines.append(json.dumps(line))
-    log_path = out.with_suffix(".log.jsonl")
     with replacing(log_path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _name(batch: Batch, index: int, seed: int) -> str:
+    how = f"{batch.steps}steps-{batch.size}px-seed{seed}"
+    return Workspace.picture_name(f"{batch.site}:{index}", how, ".webp")
+
+
+def _made(model: HookedModel, batch: Batch, seed: int, lines: list[str]) -> dict[str, bytes]:
+    """Pictures of a few units, as files by name; how they were made is added to the log."""
+    began, site = time.monotonic(), model.site(batch.site)
+    units = [site.unit(i) for i in batch.units]
+    pictures = visualize_units(model, units, steps=batch.steps, size=batch.size, seed=seed)
+    line = {
+        "site": batch.site, "units": list(batch.units), "size": batch.size, "steps": batch.steps, "seed": seed,
+        "mean_activation": round(sum(p.activation for p in pictures) / len(pictures), 4),
+        "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+    log.info("%s", json.dumps(line))
+    lines.append(json.dumps(line))
+    return {_name(batch, i, seed): _small(p) for i, p in zip(batch.units, pictures, strict=True)}
+
+
+def _made_before(path: Path, model_hash: str) -> dict[str, bytes]:
+    """The files of an archive, if there is one and it is of these weights."""
+    if not path.is_file():
+        return {}
+    with zipfile.ZipFile(path) as file:
+        if file.comment.decode() != model_hash:
+            return {}
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def _log_before(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def _small(picture: Picture) -> bytes:

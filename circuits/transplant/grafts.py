@@ -10,6 +10,7 @@ same images. Every control has the same freedom.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -89,7 +90,7 @@ class UnitMatch:
 
 @dataclass(frozen=True, eq=False)
 class Graft:
-    """Units of a donor, fitted to the places of a host's: max(0, gain * activation + offset), shifted.
+    """Units of a donor, fitted to the places of a host's: gain * activation + offset, from 0 to `ceiling`, shifted.
 
     Attributes:
         donor: the other network; it sees the images that the host sees.
@@ -98,6 +99,7 @@ class Graft:
         scale: by which images are enlarged for the donor, so that its map is as fine as the host's.
         matches: unit by unit.
         weights: of the donor, by name, to be used instead of its own: a control.
+        ceiling: the largest activation that the host's nonlinearity lets through (6 behind a ReLU6).
     """
 
     donor: HookedModel
@@ -106,6 +108,7 @@ class Graft:
     scale: float
     matches: tuple[UnitMatch, ...]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    ceiling: float = math.inf
 
     def read(self, host: HookedModel, inputs: Tensor) -> DonorMaps:
         """All units of the donor's site, on the host's map, for inputs as the host takes them."""
@@ -135,7 +138,7 @@ class Graft:
         """The same, of what `read` gave."""
         moved = [m.gain * _moved(read[:, m.donor.index], m.shift) + m.offset for m in self.matches]
         # What it replaces is behind a ReLU.
-        return torch.stack(moved, 1).clamp_min(0)
+        return torch.stack(moved, 1).clamp(0, self.ceiling)
 
 
 # --- matching and fitting ----------------------------------------------------------------------
@@ -207,7 +210,8 @@ def match_and_fit(
         _one_site(donor, [t for family in families for t in family]),
     )
     shown = as_examples(host, calibration)
-    bare = Graft(donor, site, read, _scale(host, site, donor, read), ())
+    scale, ceiling = _scale(host, site, donor, read), _ceiling(site)
+    bare = Graft(donor, site, read, scale, (), ceiling=ceiling)
 
     def fit() -> Graft:
         wanted, there = _recorded(bare, host, [t.unit.index for t in hosts], shown)
@@ -327,6 +331,11 @@ def _scale(host: HookedModel, site: Site, donor: HookedModel, read: Site) -> flo
     return _images(donor).height / read.position_shape[0] / own
 
 
+def _ceiling(site: Site) -> float:
+    """The largest activation of a site behind a bounded nonlinearity; infinite behind any other."""
+    return 6.0 if site.module == "ReLU6" else math.inf
+
+
 def _moved(
     maps: Float[Tensor, "*batch y x"], shift: tuple[int, int]
 ) -> Float[Tensor, "*batch y x"]:
@@ -357,7 +366,7 @@ def _fitted(graft: Graft, pairs: Pairs, wanted: Maps, there: DonorMaps) -> Graft
         # Without the graft's own shift: all nine are tried in `_fit`.
         maps = there[:, donor.unit.index]
         gain, offset, shift = _fit(maps, wanted[:, k])
-        put = (gain * _moved(maps, shift) + offset).clamp_min(0)
+        put = (gain * _moved(maps, shift) + offset).clamp(0, graft.ceiling)
         fit = _correlation(put, wanted[:, k])
         matches.append(
             UnitMatch(host.unit, donor.unit, host.angle, donor.angle, gain, offset, shift, fit)

@@ -1,9 +1,10 @@
-"""Tuning of units to drawings: tuning curves, heat maps, invariances."""
+"""Tuning of units to drawings: tuning curves, heat maps, invariances, preferred kinds."""
 
 from circuits.tuning.finding import CurveUnit, JointTuning, find_curve_units, joint_tuning
 from circuits.tuning.heatmaps import HeatMap, heat_map
 from circuits.tuning.invariances import Invariance, invariance
 from circuits.tuning.measures import Interval, TuningMeasures, measure_tuning
+from circuits.tuning.preferences import Preference, preferences
 from circuits.tuning.radial import RadialTuning, radial_tuning
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Interval",
     "Invariance",
     "JointTuning",
+    "Preference",
     "RadialTuning",
     "TuningMeasures",
     "find_curve_units",
@@ -19,5 +21,6 @@ __all__ = [
     "invariance",
     "joint_tuning",
     "measure_tuning",
+    "preferences",
     "radial_tuning",
 ]
