@@ -21,9 +21,11 @@ from PIL import Image
 from circuits.featurevis.pictures import Picture, as_webp
 from circuits.featurevis.render import visualize_units
 from circuits.files import replacing
+from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import BUILTIN, load_model
 from circuits.progress import Progress
+from circuits.units import Unit
 from circuits.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -51,8 +53,24 @@ class Batch:
     steps: int
 
 
+def _named(model: str, site: str) -> tuple[int, ...]:
+    """The units of a site that the names file of a built-in model names."""
+    units = [
+        Unit.parse(name["unit"]) for name in read_json(BUILTIN / f"{model}.names.json")["names"]
+    ]
+    return tuple(sorted(unit.index for unit in units if unit.site == site))
+
+
+_LITE0 = "efficientnet-lite0"
+_NAMED = {
+    "block2b_depthwise": 96, "block3a_depthwise": 96, "block3b_depthwise": 96, "block4a_expand": 96,
+    "block4a_depthwise": 128, "block4c_depthwise": 128, "block5a_depthwise": 128, "block5b_depthwise": 128,
+    "block5c_depthwise": 128, "block6c_depthwise": 160,
+}  # fmt: skip
+"""The sites of named units, with the size of their pictures."""
+
 SHIPPED = {
-    "efficientnet-lite0": (
+    _LITE0: (
         Batch("stem", range(32), 64, 96),
         Batch("block1a_depthwise", range(32), 64, 96),
         Batch("block2b_expand", range(144), 96, 128),
@@ -61,20 +79,10 @@ SHIPPED = {
         Batch("block5c_expand", range(64), 128, 128),
         Batch("block6d_expand", range(64), 160, 192),
         Batch("head", range(64), 160, 192),
-        # The units that have a name (`circuits case imagenet`).
-        Batch("block2b_depthwise", (3, 8, 11, 13, 17, 30, 37, 45, 52, 59, 74, 98, 100, 130, 139, 143,), 96, 128),
-        Batch("block3a_depthwise", (3, 12, 19, 25, 26, 35, 40, 47, 67, 73, 81, 121, 135,), 96, 128),
-        Batch("block3b_depthwise", (36, 44, 53, 56, 57, 63, 80, 105, 117, 120, 124, 126, 131, 141, 143, 152, 153, 166, 192, 205, 215, 219,), 96, 128),
-        Batch("block4a_expand", (21, 29, 42, 116, 131, 145, 158, 228,), 96, 128),
-        Batch("block4a_depthwise", (11, 17, 20, 29, 44, 61, 85, 95, 96, 99, 102, 121, 129, 132, 133, 135, 142, 147, 160, 161, 185, 193, 196, 197, 215, 228,), 128, 128),
-        Batch("block4c_depthwise", (461,), 128, 128),
-        Batch("block5a_depthwise", (129, 204, 224, 269, 299, 450,), 128, 128),
-        Batch("block5b_depthwise", (61, 71, 325, 448, 486, 586,), 128, 128),
-        Batch("block5c_depthwise", (84, 114, 200, 265, 290, 344, 354, 527, 535, 596,), 128, 128),
-        Batch("block6c_depthwise", (4, 35, 54, 79, 188, 214, 233, 261, 300, 314, 385, 448, 590, 596, 612, 641, 660, 734, 740, 752, 801, 832, 864, 911, 969, 973, 1082, 1092,), 160, 192),
+        *(Batch(site, _named(_LITE0, site), size, 128) for site, size in _NAMED.items()),
     )
-}  # fmt: skip
-"""What is shipped, by the model's name: early sites as a whole, some units of later ones, and units that have a name."""
+}
+"""What is shipped, by the model's name: early sites as a whole, some units of later ones, and the units with names."""
 
 
 def archive(model: str) -> Path:
