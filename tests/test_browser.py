@@ -311,6 +311,7 @@ def test_googlenets_curves_are_ablated_and_a_script_gives_the_same_numbers(
     )
 
 
+@pytest.mark.nightly
 def test_without_its_induction_head_repeated_text_costs_more(server: str, page: Page) -> None:
     page.goto(f"{server}/unit?model=induction&site=blocks.1.attn.hook_z&unit=1")
     expect(page.get_by_role("heading", name="Where it looks")).to_be_visible()
@@ -338,6 +339,7 @@ def test_without_its_induction_head_repeated_text_costs_more(server: str, page: 
     quiet(page)
 
 
+@pytest.mark.nightly
 def test_a_concept_is_named_and_switched_off(place: Workspace, server: str, page: Page) -> None:
     page.goto(f"{server}/concepts?sae=little")
     expect(page.get_by_role("heading", name="Decisions by latents")).to_be_visible()
@@ -519,6 +521,7 @@ def test_a_key_leads_to_the_search_which_finds_classes(server: str, page: Page) 
     expect(page.get_by_role("heading", name="logits:7", level=1)).to_be_visible()
 
 
+@pytest.mark.nightly
 def test_pages_can_be_read_wide_and_narrow_in_light_and_dark(server: str, page: Page) -> None:
     for name in (
         "unit?model=cleanroom&site=curve&unit=30",
