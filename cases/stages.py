@@ -15,8 +15,8 @@ import circuits
 from circuits.figures import Figure, save_figure
 from circuits.files import Keep, keeping, write_json
 from circuits.json_files import read_json
+from circuits.progress import Progress
 
-Progress = Callable[[int, int], object]
 _PARTS = 100  # of a stage, for the progress bar
 
 

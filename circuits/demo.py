@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import BUILTIN, load_model, record_of
 from circuits.models.zoo.weights_files import file_hash
+from circuits.progress import Progress
 from circuits.sae import (
     Hyperparameters,
     ModelRows,
@@ -139,7 +140,7 @@ class Row:
     where: str
 
 
-def build(workspace: Workspace, progress: Callable[[int, int], object] | None = None) -> list[Row]:
+def build(workspace: Workspace, progress: Progress | None = None) -> list[Row]:
     """Build what is missing of the demo's workspace; say what is in it.
 
     A finished build is noted in `demo.json`, so that the next start need not load the models; delete
@@ -162,7 +163,7 @@ def is_built(workspace: Workspace) -> bool:
 
 
 def build_first(
-    workspace: Workspace, folder: str = "", progress: Callable[[int, int], object] | None = None
+    workspace: Workspace, folder: str = "", progress: Progress | None = None
 ) -> list[Row]:
     """Build what is missing of the demo's first model, which takes less than a minute.
 
@@ -186,7 +187,7 @@ def _fingerprint() -> str:
     """Changes when anything does that the demo's results depend on."""
     weights = [
         file_hash(path)
-        for pattern in ("*.safetensors", "*.zip")
+        for pattern in ("*.safetensors", "*.zip", "*.names.json")
         for path in sorted(BUILTIN.glob(pattern))
     ]
     facts = (version("circuits-workbench"), PLANS, PICTURE_STEPS, PICTURE_SIZE, weights)
@@ -204,9 +205,7 @@ def _noted(note: Path, made_from: str) -> list[Row] | None:
     return rows if same and all(Path(row.where).exists() for row in rows) else None
 
 
-def _build(
-    plans: Sequence[Plan], workspace: Workspace, progress: Callable[[int, int], object] | None
-) -> list[Row]:
+def _build(plans: Sequence[Plan], workspace: Workspace, progress: Progress | None) -> list[Row]:
     total = sum(
         p.shipped + len(p.data) + len(p.pictured) + len(p.families) + len(p.concepts) for p in plans
     )
@@ -239,8 +238,7 @@ def _build(
 def _shipped(model: HookedModel, workspace: Workspace) -> Row:
     """Put the pictures and names of units that come with the package into the workspace."""
     n, database = unpack(model, workspace), workspace.database
-    if not names_of(database, model.hash):
-        import_names(database, model, note="comes with the package")
+    import_names(database, model, note="comes with the package")
     named = len(names_of(database, model.hash))
     place = workspace.pictures_folder(model.hash)
     return Row(

@@ -349,7 +349,7 @@ def test_a_site_says_whether_its_basis_is_privileged(built: Workspace, monkeypat
     next(b for b in test.button if b.label == "Measure").click().run()
     assert not test.exception
     assert "random bases, seed 0; no p is below 0.025" in text(test)
-    assert "of random bases (95 %)" in test.dataframe[-1].value.columns
+    assert "random bases: median (95 %)" in test.dataframe[-1].value.columns
 
 
 def test_a_site_is_sorted_and_filtered(built: Workspace, monkeypatch) -> None:

@@ -69,7 +69,7 @@ def test_names_go_into_a_workspace_once_and_leave_those_of_people_alone(
     [
         ({"circuits_names": 2}, "no field 'circuits_names' of value 1"),
         ({"about": 3}, "must be texts"),
-        ({"names": [{"unit": "line:0"}]}, "has not the fields unit, text"),
+        ({"names": [{"unit": "line:0"}]}, "must have the fields unit, text"),
         (
             {"names": [{**NAMES[1].to_dict(), "p_value": "low"}]},
             "'lines' has a field of another type",

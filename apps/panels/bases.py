@@ -7,6 +7,7 @@ import streamlit as st
 from apps import cached
 from apps.address import TROUBLE, line, plain, python
 from circuits.concepts.basis import basis_table, basis_test
+from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.store import ActivationStore
 from circuits.units import Site
@@ -17,20 +18,18 @@ EXAMPLES, RANDOM = 64, 39
 
 def basis_panel(model: HookedModel, site: Site, store: ActivationStore) -> None:
     """The test, once it is asked for: it takes a few seconds."""
-    with st.expander("Are these units a better basis than random directions?"):
+    with st.expander("Are these units a privileged basis?"):
         st.caption(
-            "Channels of a residual sum, or of what a block adds to one, pass no nonlinearity by themselves: a rotated "
-            "basis may do as well, and then a single channel means nothing. After a nonlinearity it should not."
+            "Channels of a residual sum, or of what a block adds to one, are not followed by a nonlinearity of their "
+            "own: any rotation of them might do as well, and then a single channel means nothing. After one, "
+            "channels should be closer to rare features than random directions are."
         )
         if not st.button("Measure", key="basis"):
             return
         try:
             with st.spinner("Comparing with random bases"):
                 examples = cached.examples_of(model, store)
-                n = len(examples)
-                chosen = examples.subset(
-                    [i * n // EXAMPLES for i in range(EXAMPLES)] if n > EXAMPLES else range(n)
-                )
+                chosen = Examples(model, examples.source, EXAMPLES, skip_bad=True)
                 found = basis_test(model, site.name, chosen, RANDOM)
         except TROUBLE as error:
             st.warning(line(error))

@@ -1,4 +1,4 @@
-"""The case: what is in a network that recognises photographs, beside the same network with shuffled weights."""
+"""The case: what is in a network that recognises photographs, compared with the same network with shuffled weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from cases.imagenet.names import ABOUT, name_all
 from cases.imagenet.page import COLUMNS, rows_of, write_page
 from cases.imagenet.photographs import EYES, photographs_of, shuffled_model
 from cases.stages import Made, Make, Progress, Result, Stage, code_of, each_stage
-from circuits.concepts.names_files import as_name, write_names
+from circuits.concepts import Name
+from circuits.concepts.names_files import write_names
 from circuits.files import Keep, write_json
 from circuits.models.zoo.loading import load_model
 from circuits.tables import Table
@@ -96,7 +97,7 @@ def run(
         "hashes": {model.name: model.hash},
     }  # fmt: skip
     write_json(folder / "results.json", results)
-    write_names(folder / "names.json", model, [as_name(n) for n in names], ABOUT)
+    write_names(folder / "names.json", model, [Name.from_dict(n) for n in names], ABOUT)
     page = folder / "report.html"
     write_page(page, results, {name: stage.figures for name, stage in made.items()})
     return Result(results, page, folder)
@@ -112,6 +113,6 @@ def _alone(make: Callable[[Progress], Stage]) -> Make:
 
 
 def table(made: Result) -> Table:
-    """What was found, beside shuffled weights."""
+    """What was found, compared with shuffled weights."""
     title = f"{NAME}: units of {MODEL}, on {made.results['photographs']['data']}"
     return Table(COLUMNS, rows_of(made.results), title, f"report: {made.page}")

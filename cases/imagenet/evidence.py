@@ -277,7 +277,7 @@ def _at_eyes(
 
 
 def decision(model: HookedModel, shown: Photographs, draws: int, seed: int) -> Stage:
-    """A cat against a dog breed: the units that attribution names, ablated beside others."""
+    """A cat against a dog breed: the units that attribution names, compared with ablating others."""
     chelsea = next(p for p in photographs() if p.name == "chelsea")  # a cat that is always there
     cat = Examples.pictures(model, [Image.fromarray(chelsea.pixels)]).inputs
     names = ["chelsea"]

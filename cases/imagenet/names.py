@@ -38,7 +38,7 @@ ABOUT = (
 def name_all(
     model: HookedModel, found: Mapping[str, Any], shown: Photographs, most: int, seed: int
 ) -> Stage:
-    """A name for each unit that evidence was found for, with this evidence beside it."""
+    """A name for each unit that evidence was found for, with this evidence."""
     shown.strengths(model, READ)
     made: dict[Unit, Name] = {}
     for name in (*_curves(found), *_drawings(found), *_eyes(found), *_groups(found)):

@@ -25,15 +25,15 @@ def rows_of(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         "curve_units": "curve units", "families_beyond_chance": "families beyond chance", "in_families": "in families",
     }  # fmt: skip
     for key, what in said.items():
-        rows += _beside(results["curves"], what, key, "n_units")
-    rows += _beside(results["eyes"], "eyes or faces", "hold", "n_units")
-    rows += _beside(
+        rows += _compared(results["curves"], what, key, "n_units")
+    rows += _compared(results["eyes"], "eyes or faces", "hold", "n_units")
+    rows += _compared(
         results["classes"], "a group of classes, AUROC at least 0.9", "strong", "tested"
     )
     return rows
 
 
-def _beside(stage: Mapping[str, Any], what: str, key: str, of: str) -> list[tuple[Any, ...]]:
+def _compared(stage: Mapping[str, Any], what: str, key: str, of: str) -> list[tuple[Any, ...]]:
     both = stage["counts"]
     return [
         (what, site, own[of], own[key], both[CONTROL][site][key])
@@ -55,7 +55,7 @@ def write_page(
     parts = [
         f"<h1>What is in a network that recognises photographs</h1><p>{len(results['names'])} units have a name with "
         f"evidence. Photographs: {taken['n']} of {escape(taken['data'])}. {thin}All units are measured in front of "
-        "their ReLU6; beside each count is that of the same network with the weights of each layer shuffled.</p>",
+        "their ReLU6; next to each count is that of the same network with the weights of each layer shuffled.</p>",
         table_of(COLUMNS, rows_of(results)),
     ]
     for stage, shown in figures.items():

@@ -27,17 +27,18 @@ class Settings:
         "Run it coarsely: with fewer angles, pictures and images.", "--fast"
     )] = False  # fmt: skip
     transplant: Annotated[str, option(
-        "The model whose curve units are replaced; by default shapes."
+        "The model whose curve units are replaced, by curve-detector. By default shapes."
     )] = ""  # fmt: skip
     site: Annotated[str, option(
-        "The site of these units. By default mixed3b_5x5, for shapes and googlenet."
+        "The site of these units, for curve-detector. By default mixed3b_5x5, for shapes and googlenet."
     )] = ""  # fmt: skip
     calibrate: Annotated[Path | None, option(
-        "A folder of images on which gains and thresholds are fitted; not needed for shapes, which has its drawings."
+        "A folder of images on which curve-detector fits gains and thresholds; not needed for shapes, which has "
+        "its drawings."
     )] = None  # fmt: skip
     evaluate: Annotated[Path | None, option(
-        "A folder of images to measure on; the folder of --calibrate is halved. Not needed for shapes; of imagenet by "
-        "default photographs that are installed."
+        "A folder of images to measure on; the folder of --calibrate is halved. Not needed for shapes; "
+        "imagenet defaults to the photographs in scikit-image."
     )] = None  # fmt: skip
     labels: Annotated[Path | None, option(
         "A JSON file with the class of each of these images; not needed for shapes."
@@ -50,7 +51,7 @@ class Settings:
 
 @command(app)
 def case(
-    name: Annotated[str, argument("The name of the case, e.g. curve-detector.")],
+    name: Annotated[str, argument("The name of the case: curve-detector or imagenet.")],
     settings: Settings,
     output: options.Output,
     workspace: options.WorkspaceFolder = None,

@@ -57,7 +57,7 @@ _TABLE = {
         ("weights", "weights", "Show the strongest weights into and out of a unit."),
         ("expand", "weights", "Show expanded weights (site to unit, through all layers between) and shuffled ones."),
         ("families", "families", "Find units that are rotated, mirrored, scaled or hue-shifted copies of each other."),
-        ("basis", "families", "Test whether a site's units are a better basis than random directions (by kurtosis)."),
+        ("basis", "families", "Test whether a site's units are a privileged basis: a higher kurtosis than random directions have."),
         ("heads", "texts", "Find previous-token, duplicate-token and induction heads on random repeated tokens."),
         (
             "attention", "texts",

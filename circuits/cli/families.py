@@ -184,12 +184,21 @@ def basis(
     sites: Annotated[str, argument("The sites to test, with commas between them.")],
     examples: options.Inputs,
     output: options.Output,
-    random: options.Random = 99,
+    random: Annotated[int, option(
+        "How many random bases to compare with.", "--bases", check=Within(1, 100_000)
+    )] = 99,
     seed: options.Seed = 0,
-) -> None:
-    """Test whether a site's units are a better basis than random directions (by kurtosis)."""
+) -> None:  # fmt: skip
+    """Test whether a site's units are a privileged basis: a higher kurtosis than random directions have."""
     loaded = model.load()
-    names = [loaded.site(name).name for name in sites.split(",")]
+    names = [loaded.site(name).name for name in map(str.strip, sites.split(",")) if name]
+    if not names:
+        raise ValueError(
+            f"sites {sites!r} name no site: expected one or more, with commas between them"
+        )
     chosen = examples.choose(loaded, seed)
     found = [basis_test(loaded, name, chosen, random, seed) for name in names]
-    output.show([test.to_dict() for test in found], [basis_table(found)])
+    output.show(
+        [test.to_dict() for test in found],
+        [f"privileged bases of {loaded.name} on {chosen}", basis_table(found)],
+    )

@@ -90,25 +90,24 @@ def demo(
     workspace: options.WorkspaceFolder = None,
     port: Port = PORT,
     folder: Annotated[str, option(
-        "A folder of your own images, on which the first model is run too."
+        "A folder of your own images: run EfficientNet-Lite0 on them too."
     )] = "",
     serve: Annotated[bool, option(
-        "Open the app once its first model is there and build the others in the background; or build all, without the "
-        "app.", "--serve/--no-serve"
+        "Open the app as soon as the first model is there and build the others in the background; with --no-serve, "
+        "build everything and exit.", "--serve/--no-serve"
     )] = True,
 ) -> None:  # fmt: skip
     """Build a demo workspace from the built-in models (works offline) and open the app on it."""
     place = Workspace.default(workspace).writable()
-    missing, rows = not is_built(place), []
+    later = serve and not is_built(place)
     with output.progress("demo") as progress:
-        if folder or (serve and missing):
-            rows = build_first(place, folder, progress)
-        if not serve or not missing:
+        rows = build_first(place, folder, progress) if folder or later else []
+        if not later:
             rows = list(dict.fromkeys([*rows, *build(place, progress)]))
-    if serve and missing:
+    if later:
         jobs.start(place, ["demo", "--no-serve"], "Build the demo's other models")
         say(
-            "The other models are built in the background: the app's page Jobs shows how far that is."
+            "The other models are being built in the background; see the app's Jobs page for progress."
         )
     table = Table(
         ("model", "what", "result", "where"), [(r.model, r.what, r.result, r.where) for r in rows]

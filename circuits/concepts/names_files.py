@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from circuits.concepts.naming import Name, names_of, save_names
 from circuits.database import Database, Record
@@ -62,35 +61,13 @@ def read_names(path: str | Path) -> NamesFile:
         model, model_hash, about = raw["model"], raw["model_hash"], raw["about"]
         if not all(isinstance(text, str) for text in (model, model_hash, about)):
             raise ValueError("model, model_hash and about must be texts")
-        names = tuple(as_name(each) for each in raw["names"])
+        names = tuple(Name.from_dict(each) for each in raw["names"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"names file {str(path)!r}: {str(error)[:200]}") from error
     seen: set[Unit] = set()
     if twice := next((n.unit for n in names if n.unit in seen or seen.add(n.unit)), None):
         raise ValueError(f"names file {str(path)!r}: unit {twice} is named twice")
     return NamesFile(model, model_hash, about, names)
-
-
-def as_name(raw: Any) -> Name:
-    """A name from what `Name.to_dict` gave.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    if not isinstance(raw, dict) or set(raw) != set(Name.__dataclass_fields__):
-        raise ValueError(f"a name has not the fields {', '.join(Name.__dataclass_fields__)}")
-    numbers = [float("nan") if raw[k] is None else raw[k] for k in ("score", "p_value", "chosen")]
-    right = (
-        all(isinstance(n, int | float) for n in numbers)
-        and all(isinstance(raw[k], str) for k in ("unit", "text", "by"))
-        and isinstance(raw["holds"], bool)
-        and isinstance(raw["evidence"], dict)
-    )
-    if not right:
-        raise ValueError(f"name {str(raw['text'])[:80]!r} has a field of another type")
-    score, p_value, chosen = numbers
-    unit = Unit.parse(raw["unit"])
-    return Name(unit, raw["text"], score, p_value, raw["holds"], chosen, raw["by"], raw["evidence"])
 
 
 def shipped_names(model: HookedModel) -> Path | None:

@@ -60,6 +60,31 @@ class Name:
         """As a dictionary for JSON."""
         return asdict(self) | {"unit": str(self.unit)}
 
+    @classmethod
+    def from_dict(cls, raw: Any) -> Name:
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        if not isinstance(raw, dict) or set(raw) != set(cls.__dataclass_fields__):
+            raise ValueError(f"a name must have the fields {', '.join(cls.__dataclass_fields__)}")
+        numbers = [
+            float("nan") if raw[k] is None else raw[k] for k in ("score", "p_value", "chosen")
+        ]
+        right = (
+            all(isinstance(n, int | float) for n in numbers)
+            and all(isinstance(raw[k], str) for k in ("unit", "text", "by"))
+            and isinstance(raw["holds"], bool)
+            and isinstance(raw["evidence"], dict)
+        )
+        if not right:
+            raise ValueError(f"name {str(raw['text'])[:80]!r} has a field of another type")
+        score, p_value, chosen = numbers
+        return cls(
+            Unit.parse(raw["unit"]), raw["text"], score, p_value, raw["holds"], chosen, raw["by"], raw["evidence"]
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Naming:

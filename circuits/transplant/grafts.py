@@ -210,7 +210,8 @@ def match_and_fit(
         _one_site(donor, [t for family in families for t in family]),
     )
     shown = as_examples(host, calibration)
-    scale, ceiling = _scale(host, site, donor, read), _ceiling(site)
+    scale = _scale(host, site, donor, read)
+    ceiling = math.inf if site.ceiling is None else site.ceiling
     bare = Graft(donor, site, read, scale, (), ceiling=ceiling)
 
     def fit() -> Graft:
@@ -329,11 +330,6 @@ def _scale(host: HookedModel, site: Site, donor: HookedModel, read: Site) -> flo
     """How many pixels the donor must see for one of the host's, for both maps to be as fine."""
     own = _images(host).height / site.position_shape[0]
     return _images(donor).height / read.position_shape[0] / own
-
-
-def _ceiling(site: Site) -> float:
-    """The largest activation of a site behind a bounded nonlinearity; infinite behind any other."""
-    return 6.0 if site.module == "ReLU6" else math.inf
 
 
 def _moved(

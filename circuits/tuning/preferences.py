@@ -85,8 +85,7 @@ def preferences(
     """Find the kind of drawing that each unit prefers (`circuits.stimuli.kinds`).
 
     Two replicates choose the kind and the drawing of it with the largest response. On the others the response to this
-    one drawing is compared with the largest response to any drawing of any other kind, which favours the others. Where
-    activations are bounded (ReLU6), units are best read in front of the nonlinearity: behind it drawings tie.
+    one drawing is compared with the largest response to any drawing of any other kind, which favours the others.
 
     Args:
         model: a model of images.

@@ -78,7 +78,7 @@ class Through:
     def table(self) -> Table:
         """The connections by their source, with the gates in the title."""
         ways = " and ".join(map(str, self.gates))
-        title = f"{self.unit} is built from, through {ways}"
+        title = f"{self.unit}, further back: what it is built from through {ways}"
         note = "the border of the map cuts these kernels off" if self.cut else ""
         return replace(connections_table(self.connections, "source", title), note=note)
 
