@@ -36,6 +36,7 @@ from circuits.sae import (
 )
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import Source, batches, open_source
+from circuits.tables import by_reason
 from circuits.workspace import ModelRecord, Workspace
 
 
@@ -179,7 +180,8 @@ def build_first(
     """
     plan = PLANS[0]
     if folder:
-        plan = replace(plan, data=(*plan.data, open_source(f"folder:{folder}").spec))
+        # First, so that a folder without a readable image is refused at once.
+        plan = replace(plan, data=(open_source(f"folder:{folder}").spec, *plan.data))
     return _build((plan,), workspace, progress)
 
 
@@ -218,14 +220,15 @@ def _build(plans: Sequence[Plan], workspace: Workspace, progress: Progress | Non
 
     for plan in plans:
         model = load_model(plan.model)
-        if plan.shipped:
-            built(_shipped(model, workspace))
         for data in plan.data:
             built(
                 _activations(
                     record_of(plan.model, None, model.identity), model, data, plan.sites, workspace
                 )
             )
+        # After the harvest, which only one process at a time can do.
+        if plan.shipped:
+            built(_shipped(model, workspace))
         for site, indices in plan.pictured:
             built(_pictures(model, site, indices, workspace))
         for site in plan.families:
@@ -252,7 +255,9 @@ def _activations(
     """Harvest a model on a dataset; what is there already is kept."""
     store = harvest(model, open_source(data), sites, workspace, record, skip_bad=True)
     units = sum(s.n_units for s in store.provenance.sites)
-    result = f"{len(store.provenance.examples)} examples, {units} units"
+    result = f"{len(store.provenance.examples) - len(store.skipped)} examples, {units} units"
+    if store.skipped:
+        result += f"; left out: {by_reason(store.skipped)}"
     return Row(record.spec, f"activations on {data}", result, str(store.folder))
 
 

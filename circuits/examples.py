@@ -305,6 +305,11 @@ class Examples:
             return hashlib.sha256(tensor_bytes(self.load(place))).hexdigest()
         return f"{self.source.hash} {self.numbers[place]}"
 
+    def group(self, place: int) -> str:
+        """What an example is a part of, such as the photograph that it is a crop of; empty if it is independent."""
+        groups = getattr(self.source, "groups", ())
+        return groups[self.numbers[place]] if groups and self._ready is None else ""
+
     def describe(self) -> dict[str, Any]:
         """As JSON has it."""
         return {

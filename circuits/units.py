@@ -63,8 +63,8 @@ class Site:
         module: class name of the module that computes it, e.g. `Conv2d`.
         ceiling: what activations cannot exceed, e.g. 6 after ReLU6; None without such a limit.
         floor: what they cannot fall below, if they have a ceiling.
-        before: the site of what that function is given, if they have a ceiling: it has the same units at the same
-            positions, and tells apart what is equal at the ceiling.
+        before: the site of what that function is given, if they have a ceiling and there is such a site: it has the
+            same units at the same positions, and tells apart what is equal at the ceiling.
     """
 
     name: str

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from circuits.attribution import attribute
+from circuits.edits import edited, zero
 from circuits.examples import Examples
 from circuits.featurevis.objectives import as_objective, channel
 from circuits.featurevis.optimizing import values_of
@@ -69,9 +70,11 @@ def test_a_function_with_a_ceiling_is_found_by_what_it_does(model: HookedModel) 
     found = {s.name: (s.floor, s.ceiling, s.before) for s in model.sites}
     assert found["relu6"] == (0.0, 6.0, "conv")
     assert found["inside"] == (0.0, 6.0, "again")
-    assert found["tanh"] == (-2.0, 3.0, "inside")
-    assert found["bound"] == (None, 2.5, "tanh")
-    assert found["relu"] == found["conv"] == found["sums"] == (None, None, "")
+    # One behind another: the lowest ceiling, the highest floor, and what the first was given.
+    assert found["tanh"] == (0.0, 3.0, "again")
+    assert found["bound"] == (0.0, 2.5, "again")
+    assert found["relu"] == (0.0, 2.5, "again")
+    assert found["conv"] == found["sums"] == (None, None, "")
     assert model.before_ceiling("relu6") == model.site("conv")
     assert model.before_ceiling("conv") == model.site("conv")
 
@@ -101,7 +104,7 @@ def test_examples_at_the_ceiling_are_in_the_order_of_what_was_given(
     order = [e.before for group in tenths for e in group]
     assert order == sorted(order, reverse=True)  # pyright: ignore
     # Without a ceiling nothing is said of it.
-    assert store.top_examples(model.unit("relu:0"), 1)[0].before is None
+    assert store.top_examples(model.unit("conv:0"), 1)[0].before is None
 
 
 def test_the_share_at_the_ceiling_is_counted_over_all_positions(
@@ -116,7 +119,7 @@ def test_the_share_at_the_ceiling_is_counted_over_all_positions(
     assert found.saturated == pytest.approx(at / total)
     assert 0 < at < total
     assert store.statistics(model.unit("relu6:1")).saturated == 0.0
-    assert store.statistics(model.unit("relu:0")).saturated is None
+    assert store.statistics(model.unit("conv:0")).saturated is None
     # A tail that is cut off is no exponential: it is fitted to what was given.
     assert found.tail == store.statistics(model.unit("conv:0")).tail
 
@@ -162,3 +165,40 @@ def test_a_store_opens_without_the_share_at_ceilings(
     monkeypatch.setattr(reading, "check_unchanged", lambda *_: None)  # its checksum is another now
     again = ActivationStore.open(found.folder)
     assert again.summary("conv").saturated.tolist() == [0, 0]
+
+
+def test_edits_at_the_site_are_seen(model: HookedModel) -> None:
+    image = torch.full((1, 3, 16, 16), 0.8)
+    with edited(model, [zero("relu6:0")]):
+        assert model.before_ceiling("relu6") == model.site("relu6")
+        assert responses(model, "relu6", [image])[0, 0] == 0.0
+    assert responses(model, "relu6", [image])[0, 0] == pytest.approx(32.0)
+
+
+def test_the_position_of_a_target_is_the_one_with_the_most_below_the_ceiling(
+    model: HookedModel,
+) -> None:
+    x = torch.full((1, 3, 16, 16), 0.5)
+    x[0, :, 7, 9] = 0.9
+    pixels = saliency_map(model, x, "relu6:0", "gradient_x_input")
+    units = attribute(model, x, "relu6:0", "conv", check=0)
+    assert pixels.aims[0].endswith("7,9")
+    assert units.aims[0].endswith("7,9")
+
+
+def test_ceilings_of_other_forms_are_found_or_have_no_site_before() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.drop, self.inner = nn.Conv2d(3, 4, 1), nn.Dropout(), Scaled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.drop(F.relu6(self.conv(x))))
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 3).clamp(max=5)
+
+    sites = {s.name: (s.floor, s.ceiling, s.before) for s in HookedModel(Net(), (3, 8, 8)).sites}
+    assert sites["drop"] == (0.0, 6.0, "conv")
+    assert sites["inner"] == (None, 5.0, "")  # what is clamped is no module's output

@@ -108,7 +108,8 @@ def test_a_folder_of_ones_own_is_added_to_the_first_model(monkeypatch, tmp_path:
     Image.new("RGB", (64, 64), (255, 0, 0)).save(own / "a.png")
     (own / "b.png").write_text("no picture")
     rows = demo.build_first(Workspace(tmp_path / "w"), str(own))
-    assert [r.what for r in rows] == ["activations on curves", f"activations on folder:{own}"]
+    assert [r.what for r in rows] == [f"activations on folder:{own}", "activations on curves"]
+    assert rows[0].result.startswith("1 examples, 256 units; left out: 1 ")
     (store,) = [
         s
         for s in find_stores(Workspace(tmp_path / "w"), load_model("shapes").hash)

@@ -171,9 +171,23 @@ def test_published_weights_become_all_of_the_network() -> None:
         ({"_blocks.15._project_conv.weight": None}, "have 15 blocks with 16, 24, 24, 40"),
         ({"_blocks.3._bn2.running_var": None}, "lack the tensor '_blocks.3._bn2.running_var'"),
         ({"extra": torch.ones(1)}, "have 1 unknown tensors, the first of them 'extra'"),
-        ({"_fc.bias": torch.ones(7)}, r"tensor 'logits.bias' has shape \(7,\), expected \(1000,\)"),
+        (
+            {"_fc.bias": torch.ones(7)},
+            r"'_fc.weight' of shape \(1000, 1280\), expected \(7, 1280\)",
+        ),
         ({"_bn0.running_var": torch.full((32,), -1.0)}, "holds NaN or infinite values"),
         ({"_conv_stem.weight": None, "conv_stem.weight": torch.ones(1)}, "have timm's names"),
+        (
+            {"_conv_stem.weight": torch.ones(32, 3, 3, 3, dtype=torch.int32)},
+            "of type int32, expected float32",
+        ),
+        ({"_bn0.weight": torch.ones(1)}, r"'_bn0.weight' of shape \(1,\), expected \(32,\)"),
+        (
+            {"_fc.weight": torch.ones(0, 1280), "_fc.bias": torch.ones(0)},
+            r"shape \(0, 1280\), expected \(1, 1280\)",
+        ),
+        ({"_fc.weight": torch.tensor(1.0)}, r"'_fc.weight' of shape \(\), expected \(1000, 1280\)"),
+        ({"_blocks.2._project_conv.weight": torch.tensor(1.0)}, "have 16 blocks with 16, 24, 0"),
         ({"_conv_stem.weight": None, "stem.0.weight": torch.ones(1)}, "symmetric padding"),
     ],
 )
@@ -187,6 +201,17 @@ def test_other_weights_are_refused_by_name(
         load_model(NAME, path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
+    """An empty file of weights is not the same as none: that would be random weights under the trained name."""
+    path = tmp_path / "weights.pt"
+    torch.save({}, path)
+    with pytest.raises(ValueError, match=r"lack '_conv_stem\.weight'"):
+        load_model(NAME, path)
+    path.write_text("hello")
+    with pytest.raises(ValueError, match="is not a complete file of plain tensors"):
+        load_model(NAME, path)
 
 
 def test_a_missing_package_and_an_altered_file_are_said(

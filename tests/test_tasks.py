@@ -15,6 +15,7 @@ from circuits.experiments.ablation import _other_example, ablate
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
 from circuits.models.zoo.loading import load_model
+from circuits.stimuli.sources import open_source
 from circuits.tasks import METRICS, Custom, Item, Task, UnitActivation, compile_task
 from circuits.tasks.builtin import load_task, paired_with
 from circuits.tasks.halves import halves
@@ -326,3 +327,16 @@ def test_counterparts_of_images_are_those_of_the_same_name(tmp_path: Path) -> No
     words = load_task(load_model("induction"), n=4)
     with pytest.raises(ValueError, match="model induction takes tokens"):
         paired_with(words, f"folder:{tmp_path / 'with'}")
+
+
+@pytest.mark.parametrize("data", ["photos", "crops"])
+def test_crops_of_one_photograph_stay_in_one_half(data: str) -> None:
+    model = load_model("shapes")
+    task = load_task(model, n=80, data=open_source(data), metric="mixed3b:200")
+    of = [
+        {name.partition("@")[0] for name in half.examples.names} for half in (task.find, task.test)
+    ]
+    assert all(of)
+    assert not of[0] & of[1]
+    # Intervals are of photographs, too.
+    assert len(set(task.clusters)) == len({name.partition("@")[0] for name in task.examples.names})

@@ -199,14 +199,16 @@ def _relevance(
     if place is not None:
         after = edits.get(place.name)
         edits[place.name] = begin if after is None else lambda value: after(begin(value))
-    plain = model.run(x, read=[end], until=end, reference=True)[end]
+    before = model.before_ceiling(end)
+    intact = model.run(x, read=[before, end], until=end, reference=True)
+    plain = intact[end]
     propagation = Propagation(rule, len(x), plain, gamma, tokens=pixels is None)
     with propagation:
         own = x if pixels is None else pixels
         # `reference` runs torch's own local response normalisation, which the propagation can replace by its rule; a
         # compiled one it could not see.
         made = model.run(own, read=[end], until=end, edits=edits, grad=True, reference=True)[end]
-    aim = Aim.at(end, goal, plain)
+    aim = Aim.at(end, goal, plain, before=intact[before])
     total = aim.value(made, torch.arange(len(x), device=model.device))
     start = leaves[0] if leaves else pixels if place is None else None
     if start is None or not total.requires_grad:

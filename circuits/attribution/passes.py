@@ -99,23 +99,26 @@ class Passes:
         if self.site not in (None, self.end) and model.last([self.site, self.end]) == self.site:
             raise no_gradient_error(self.target, self.site)
         self.inputs = channels_last(at_least_single(model.fitted(sized(model, examples, size))))
-        self.points, at_end = self._intact()
-        self.aim = Aim.at(self.end, self.target, at_end)
+        self.points, at_end, before = self._intact()
+        self.aim = Aim.at(self.end, self.target, at_end, before=before)
         self.values = self.aim.value(at_end, torch.arange(len(self.inputs), device=at_end.device))
         check_finite(model, self.values, self.inputs)
 
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def _intact(self) -> tuple[Tensor, Tensor]:
-        read = [self.end] if self.site is None else [self.site, self.end]
-        here, there = [], []
+    def _intact(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensors at the site, at the target's, and at the one before the target's ceiling."""
+        before = self.model.before_ceiling(self.end)
+        read = [before, self.end] if self.site is None else [self.site, before, self.end]
+        here, there, under = [], [], []
         for x in self.inputs.split(self.batch):
             cache = self.model.run(x, read=read, until=self.model.last(read))
             there.append(cache[self.end])
+            under.append(cache[before])
             if self.site is not None:
                 here.append(at_least_single(cache[self.site]))
-        return (torch.cat(here) if here else self.inputs), torch.cat(there)
+        return (torch.cat(here) if here else self.inputs), torch.cat(there), torch.cat(under)
 
     # --- values ----------------------------------------------------------------------------------
 
@@ -277,6 +280,7 @@ def own_gradients(
     """
     check_batch(batch)
     end = model.site(target.site)
+    before = model.before_ceiling(end)
     inputs = channels_last(model.fitted(inputs))
     found = []
     for start in range(0, len(inputs), batch):
@@ -287,9 +291,11 @@ def own_gradients(
             leaves.append(value.detach().requires_grad_(True))
             return leaves[0] * 1  # a copy: what follows may work in place
 
-        made = model.run(x, read=[end], until=end, edits={site.name: begin}, grad=True)[end]
+        cache = model.run(x, read=[before, end], until=end, edits={site.name: begin}, grad=True)
+        made = cache[end]
         model.check_rows({end.name: made} | ({site.name: leaves[0]} if leaves else {}), len(x))
-        aim = Aim.at(end, target.of_examples(range(start, start + len(x))), made)
+        own_target = target.of_examples(range(start, start + len(x)))
+        aim = Aim.at(end, own_target, made, before=cache[before])
         value = aim.value(made, torch.arange(len(x), device=made.device))
         check_finite(model, value, x, names=range(start, start + len(x)))
         own = leaves[0] if leaves else made  # the pass ended before the site

@@ -33,6 +33,8 @@ ROWS = 20_000
 class BasisTest:
     """The kurtosis along a site's units, compared with that along random directions.
 
+    Units are scaled to one variance first: else the loudest would make up every random direction.
+
     Attributes:
         site: the site.
         kurtosis: along each unit; NaN for units that never vary.
@@ -132,12 +134,17 @@ def basis_test(
     rows = _rows(model, place.name, given, seed)
     rows = rows - rows.mean(0)
     varies = rows.abs().amax(0) > 1e-6 * rows.abs().max()
-    alive = rows[:, varies]
+    alive = rows[:, varies] / rows[:, varies].square().mean(0).sqrt()
     if alive.shape[1] < 2:
         raise ValueError(
             f"site {place.name}: {alive.shape[1]} of its units vary, expected at least 2"
         )
     generator = torch.Generator().manual_seed(seed)
+    if len(rows) < alive.shape[1]:
+        raise ValueError(
+            f"site {place.name}: there are {len(rows)} positions for {alive.shape[1]} units, expected as many or more; "
+            "take more examples"
+        )
     n = alive.shape[1]
     drawn = [_kurtosis(alive @ random_frame(n, n, generator)) for _ in range(n_random)]
     own = np.full(place.n_units, np.nan)

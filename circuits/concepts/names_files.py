@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from circuits.concepts.naming import Name, names_of, save_names
@@ -64,10 +64,14 @@ def read_names(path: str | Path) -> NamesFile:
         names = tuple(Name.from_dict(each) for each in raw["names"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"names file {str(path)!r}: {str(error)[:200]}") from error
+    _check_once(path, names)
+    return NamesFile(model, model_hash, about, names)
+
+
+def _check_once(path: str | Path, names: Sequence[Name]) -> None:
     seen: set[Unit] = set()
     if twice := next((n.unit for n in names if n.unit in seen or seen.add(n.unit)), None):
         raise ValueError(f"names file {str(path)!r}: unit {twice} is named twice")
-    return NamesFile(model, model_hash, about, names)
 
 
 def shipped_names(model: HookedModel) -> Path | None:
@@ -105,6 +109,8 @@ def import_names(
             f"({model.hash[:16]})"
         )
     known = names_of(database, model.hash)
-    units = [model.unit(name.unit) for name in found.names]
-    fresh = [n for n, unit in zip(found.names, units, strict=True) if str(unit) not in known]
+    # Under the site's own name: a file may use an alias.
+    own = [replace(name, unit=model.unit(name.unit)) for name in found.names]
+    _check_once(path, own)
+    fresh = [name for name in own if str(name.unit) not in known]
     return save_names(database, model.hash, fresh, note)

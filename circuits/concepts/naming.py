@@ -81,6 +81,10 @@ class Name:
         if not right:
             raise ValueError(f"name {str(raw['text'])[:80]!r} has a field of another type")
         score, p_value, chosen = numbers
+        if p_value < 0 or p_value > 1 or not raw["text"].strip():
+            raise ValueError(
+                f"name {raw['text'][:80]!r} has p_value {p_value}: expected a text, and a p_value from 0 to 1"
+            )
         return cls(
             Unit.parse(raw["unit"]), raw["text"], score, p_value, raw["holds"], chosen, raw["by"], raw["evidence"]
         )  # fmt: skip

@@ -258,7 +258,13 @@ def _site_and_vector(
         raise ValueError(
             f"direction in {site.name} has {len(direction.vector)} weights: expected {site.n_units}"
         )
-    return model.before_ceiling(site), direction.vector
+    return site, direction.vector
+
+
+def _without_ceiling(model: HookedModel, site: Site) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The site to read, and what makes its tensor what the given site would hold if it had no ceiling."""
+    read = model.before_ceiling(site)
+    return read.name, (lambda tensor: tensor) if read == site else site.without_ceiling
 
 
 def direction(
@@ -279,16 +285,17 @@ def direction(
     _check_power(cosine_power)
     site, vector = _site_and_vector(model, direction)
     _check_position(site, position)
+    read, seen = _without_ceiling(model, site)
 
     def value(r: Response) -> Tensor:
-        found = _dot_times_cosine(site, r.activations[site.name], vector, cosine_power)
+        found = _dot_times_cosine(site, seen(r.activations[read]), vector, cosine_power)
         if position is None:
             return found.mean(1)
-        shape = site.positions_of(r.activations[site.name])
+        shape = site.positions_of(r.activations[read])
         return _at(site, found.unflatten(1, shape), position)
 
     power = f" cosine^{cosine_power:g}" if cosine_power else ""
-    return Objective(f"direction in {site.name}{power}", (site.name,), value)
+    return Objective(f"direction in {site.name}{power}", (read,), value)
 
 
 def spatial_direction(
@@ -317,9 +324,10 @@ def spatial_direction(
             f"({found.n_units}, {', '.join(found.position_axes)})"
         )
     flat = vectors.detach().flatten(1)
+    read, seen = _without_ceiling(model, found)
 
     def value(r: Response) -> Tensor:
-        tensor = r.activations[found.name]
+        tensor = seen(r.activations[read])
         shape = found.positions_of(tensor)
         if shape != tuple(vectors.shape[1:]):
             raise ValueError(
@@ -327,7 +335,7 @@ def spatial_direction(
             )
         return _dot_times_cosine(found, tensor, flat, cosine_power).mean(1)
 
-    return Objective(f"spatial direction in {found.name}", (found.name,), value)
+    return Objective(f"spatial direction in {found.name}", (read,), value)
 
 
 def deepdream(model: HookedModel, site: str) -> Objective:
@@ -339,13 +347,12 @@ def deepdream(model: HookedModel, site: str) -> Objective:
         KeyError: if the site is unknown.
     """
     found = model.site(site)
-    read = model.before_ceiling(found)
-
-    def value(r: Response) -> Tensor:
-        own = r.activations[read.name]
-        return (own if read == found else found.without_ceiling(own)).flatten(1).square().mean(1)
-
-    return Objective(f"deepdream {found.name}", (read.name,), value)
+    read, seen = _without_ceiling(model, found)
+    return Objective(
+        f"deepdream {found.name}",
+        (read,),
+        lambda r: seen(r.activations[read]).flatten(1).square().mean(1),
+    )
 
 
 def interpolation(model: HookedModel, first: str | Unit, last: str | Unit) -> Objective:

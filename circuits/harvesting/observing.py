@@ -85,7 +85,6 @@ class Observer:
         # float32, as the loops subtract; the reference is rounded to it, so that both are one number.
         self._center = summary.center.astype(np.float32)
         self._scale = (BINS / (summary.high.astype(np.float64) - summary.low)).astype(np.float32)
-        self._ceiling = np.float32(np.inf if site.ceiling is None else site.ceiling)
         self.full = _FullBuffer(site, len(examples)) if full else None
         self.covariance = None if columns is None else _CovarianceSums(columns)
 
@@ -99,6 +98,9 @@ class Observer:
         x, axis = laid_out(self.site, value)
         if x.numel() == 0:
             return
+        # As the model's own type has it: in bfloat16 a ceiling of 0.7 is 0.69921875.
+        limit = torch.inf if self.site.ceiling is None else self.site.ceiling
+        self._ceiling = np.float32(torch.tensor(limit, dtype=value.dtype).item())
         on_cpu = x.device.type == "cpu"
         found = self._compiled(x, axis) if on_cpu else self._in_torch(x, axis)
         # Any NaN or infinite activation makes its sum so.

@@ -51,6 +51,8 @@ class ImageSource:
             it has three channels, with opacity as the fourth of four).
         folder: where the files are, of which `names` are the paths; None if they are no files of a folder.
         left_out: the files of the folder that are no examples, and why.
+        groups: for each image, what it is part of, if several are of one: crops of one photograph are not independent,
+            and stay in one half of a task. Empty if all are independent.
     """
 
     spec: str
@@ -59,6 +61,7 @@ class ImageSource:
     image: Callable[[int], Image.Image | torch.Tensor]
     folder: Path | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)

@@ -6,7 +6,7 @@ A source is a fixed sequence of examples with a hash; the same name always gives
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def _photos() -> ImageSource:
         return Image.fromarray(pixels)
 
     hash = _digest("photos", *names, *(p.pixels.tobytes() for p in photographs()))
-    return ImageSource("photos", tuple(names), hash, image)
+    return ImageSource("photos", tuple(names), hash, image, groups=_photographs_of(names))
 
 
 _SCALES, _SMALLEST = (1.0, 0.6, 0.35), 96
@@ -120,7 +120,12 @@ def _crops() -> ImageSource:
         return Image.fromarray(photographs()[index].pixels[top : top + side, left : left + side])
 
     hash = _digest("crops", *names, *(p.pixels.tobytes() for p in photographs()))
-    return ImageSource("crops", names, hash, image)
+    return ImageSource("crops", names, hash, image, groups=_photographs_of(names))
+
+
+def _photographs_of(names: Sequence[str]) -> tuple[str, ...]:
+    """The photograph that each crop is of, by its name."""
+    return tuple(name.partition("@")[0] for name in names)
 
 
 def _overlapping(length: int, side: int) -> list[int]:

@@ -51,7 +51,8 @@ class Example:
         name: its name.
         value: the unit's largest activation on it.
         position: where that is: (y, x), (position,), or () for a site without positions.
-        before: what the function with the ceiling was given there, at a site with a ceiling (`Site.ceiling`).
+        before: what it would be without the ceiling, at a site with one (`Site.ceiling`) whose site before it was
+            recorded.
     """
 
     index: int
@@ -478,7 +479,7 @@ class ActivationStore:
         shape = site.position_shape
         position = tuple(int(p) for p in np.unravel_index(places[row], shape)) if shape else ()
         name, value = self.provenance.examples[row], float(values[row])
-        if site.ceiling is None:
+        if site.ceiling is None or site.before not in self.sites:
             return Example(row, name, value, position)
         return Example(row, name, min(value, site.ceiling), position, value)
 

@@ -280,6 +280,7 @@ class Aim:
         target: Target,
         value: Tensor,
         mask: Bool[Tensor, "example position"] | None = None,
+        before: Tensor | None = None,
     ) -> Aim:
         """Resolve a target on examples, given the site's tensor.
 
@@ -288,13 +289,15 @@ class Aim:
             target: the target.
             value: the site's tensor.
             mask: True at tokens, False at padding, for texts that were padded; padding is never the target.
+            before: of a site with a ceiling, the tensor of the site before it: of positions that are equal at the
+                ceiling, the one with the largest number there is the target.
 
         Raises:
             ValueError: if the target has several indices or positions but not one for each example, or a position is
                 not on the map.
         """
         # Detached: which unit and position is the target is a choice, and no gradient flows through it.
-        units = site.activations(value.detach())
+        units = site.activations((value if before is None else before).detach())
         n = len(units)
         check_indices(target, n)
         if mask is not None and site.position_axes == ("position",):

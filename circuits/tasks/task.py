@@ -225,11 +225,13 @@ class Task:
 
     @cached_property
     def clusters(self) -> tuple[int, ...]:
-        """A cluster number for each example; examples of one template instance share it, not being independent."""
+        """A cluster number for each example; those of one template instance or one photograph share it, not being
+        independent."""
         # An example without a group is a cluster of its own: the NUL keeps its key apart from every group's name.
         known: dict[str, int] = {}
         return tuple(
-            known.setdefault(q.group or f"\0{i}", len(known)) for i, q in enumerate(self.questions)
+            known.setdefault(q.group or self.examples.group(i) or f"\0{i}", len(known))
+            for i, q in enumerate(self.questions)
         )
 
     @cached_property
@@ -296,8 +298,13 @@ class Task:
         if self.split is not None:
             return self.split
         keys = [
-            (q.group or self.examples.identity(i), *q.fillers, *self._partners(i)) for i, q in enumerate(self.questions)
-        ]  # fmt: skip
+            (
+                q.group or self.examples.group(i) or self.examples.identity(i),
+                *q.fillers,
+                *self._partners(i),
+            )
+            for i, q in enumerate(self.questions)
+        ]
         of: dict[int, Literal["find", "test"]] = {}
         for half, places in halves(keys, self.seed).items():
             of |= dict.fromkeys(places, half)

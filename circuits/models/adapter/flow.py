@@ -21,14 +21,18 @@ def short_name(op: Operation) -> str:
     return op.name.removesuffix(".__get__").rpartition(".")[2]
 
 
-def limits_of(op: Operation) -> tuple[float | None, float] | None:
+def limits_of(op: Operation) -> tuple[float | None, float | None] | None:
     """The smallest and largest number that a function puts out which leaves the numbers in between as they are.
 
-    None for functions without a largest one, and for those that change the numbers in between.
+    None for functions that change the numbers in between, or have other inputs than one tensor.
     """
     name = short_name(op).removesuffix("_")
-    if name == "relu6":
-        return 0.0, 6.0
+    if len(op.inputs) != 1:
+        return None
+    if name in ("relu", "relu6"):
+        return 0.0, 6.0 if name == "relu6" else None
+    if name in ("contiguous", "clone", "identity", "dropout", "dropout2d", "feature_dropout"):
+        return None if op.argument(2, "training", False) else (None, None)
     if name == "hardtanh":
         low, high = op.argument(1, "min_val", -1.0), op.argument(2, "max_val", 1.0)
     elif name in ("clamp", "clip"):
@@ -37,9 +41,9 @@ def limits_of(op: Operation) -> tuple[float | None, float] | None:
         low, high = None, op.argument(1, "max")
     else:
         return None
-    if not isinstance(high, int | float) or not isinstance(low, int | float | None):
+    if not isinstance(high, int | float | None) or not isinstance(low, int | float | None):
         return None
-    return None if low is None else float(low), float(high)
+    return None if low is None else float(low), None if high is None else float(high)
 
 
 @dataclass(frozen=True)

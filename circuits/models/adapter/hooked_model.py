@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -205,6 +206,7 @@ class HookedModel:
         )
         self._taps: dict[str, Tap] = {site.name: tap for site, tap in found.sites}
         self._interventions = 0
+        self._changed: Counter[str] = Counter()  # the sites that changes in force are at
         self._placed = 0  # changes in force that name positions (`circuits.hooks.placed`)
         self._suspended = False  # inside `outside`, hooks of changes stay registered but do nothing
         self._steady_blocks = 0
@@ -300,13 +302,14 @@ class HookedModel:
     def before_ceiling(self, site: str | Site) -> Site:
         """The site whose activations tell apart what is equal at a site's ceiling; the site itself if it has none.
 
-        Its units and positions are the same: for a ReLU6 it is what the ReLU6 is given.
+        Its units and positions are the same: for a ReLU6 it is what the ReLU6 is given. While an edit changes the site,
+        it is the site itself, since the one before it does not show the edit.
 
         Raises:
             KeyError: if the site is unknown.
         """
         found = self.site(site)
-        return self._by_name.get(found.before, found)
+        return found if self._changed[found.name] else self._by_name.get(found.before, found)
 
     def last(self, names: Iterable[str | Site]) -> Site:
         """The site among `names` that is computed last."""
@@ -711,15 +714,17 @@ class HookedModel:
             (self._taps[self.site(name).name], self._unless_suspended(change))
             for name, change in edits.items()
         ]
-        own = sum(map(placed, edits.values()))
+        own, names = sum(map(placed, edits.values())), [self.site(name).name for name in edits]
         with self.lock, intervene(self.module, changes):
             self._interventions += 1
             self._placed += own
+            self._changed.update(names)
             try:
                 yield
             finally:
                 self._interventions -= 1
                 self._placed -= own
+                self._changed.subtract(names)
 
     def _unless_suspended(self, change: Change) -> Change:
         return lambda value: value if self._suspended else change(value)

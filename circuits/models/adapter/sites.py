@@ -260,19 +260,24 @@ def trace_model(
 def _with_ceiling(
     site: Site, values: Mapping[str, Value], program: Program, known: Container[str]
 ) -> Site:
-    """The site with its ceiling, if a function such as ReLU6 made it of another site's tensor."""
+    """The site with its ceiling, if functions such as ReLU6 made it, and with the site of what they were given."""
     value = values.get(site.name)
-    made = next((op for op in program.operations if value in op.outputs), None)
-    limits = None if made is None else limits_of(made)
-    if made is None or limits is None or len(made.inputs) != 1:
+    makers = {made: op for op in program.operations for made in op.outputs}
+    floors, ceilings, before = [], [], ""
+    while value is not None:
+        op = makers.get(value)
+        limits = None if op is None else limits_of(op)
+        if op is None or limits is None or program.shapes[op.inputs[0]] != program.shapes[value]:
+            break
+        floors += [limits[0]] if limits[0] is not None else []
+        ceilings += [limits[1]] if limits[1] is not None else []
+        value = op.inputs[0]
+        # The last that shows it: a module inside another one may put out the same tensor.
+        shown = [n for n, v in values.items() if v == value and n in known and n != site.name]
+        before = shown[-1] if shown else before
+    if not ceilings:
         return site
-    (given,) = made.inputs
-    # The last that shows it: a module inside another one may put out the same tensor.
-    before = [n for n, v in values.items() if v == given and n in known and n != site.name]
-    if not before or program.shapes[given] != program.shapes[made.outputs[0]]:
-        return site
-    floor, ceiling = limits
-    return replace(site, floor=floor, ceiling=ceiling, before=before[-1])
+    return replace(site, floor=max(floors, default=None), ceiling=min(ceilings), before=before)
 
 
 def _named(module: nn.Module) -> Named:

@@ -233,12 +233,12 @@ def published_variant(tensors: Mapping[str, Tensor]) -> str:
     Raises:
         ValueError: if it is of no EfficientNet-Lite, or of one that is known to compute in another way.
     """
-    if not {"_conv_stem.weight", "_fc.weight"} <= set(tensors):
+    if not {"_conv_stem.weight", "_fc.weight", "_fc.bias"} <= set(tensors):
         raise ValueError(_other_implementation(tensors))
     if any("._se_" in key for key in tensors):
         raise ValueError("have squeeze and excitation: they are of an EfficientNet that is no Lite")
     projects = [
-        tensors[key].shape[0]
+        len(tensors[key]) if tensors[key].ndim else 0
         for b in range(len(tensors))
         if (key := f"_blocks.{b}._project_conv.weight") in tensors
     ]
@@ -289,16 +289,32 @@ def folded(tensors: Mapping[str, Tensor], variant: str) -> dict[str, Tensor]:
             if own != "expand_pre_relu" or block.expand > 1:
                 names[f"_blocks.{b}.{conv}"] = f"{block.name}_{own}", f"_blocks.{b}.{norm}"
     rest, made = dict(tensors), {}
+    shapes = {
+        k: tuple(v.shape) for k, v in EfficientNetLite(VARIANTS[variant]).state_dict().items()
+    }
     for conv, (own, norm) in names.items():
-        weight = rest.pop(f"{conv}.weight").double()
+        weight = _numbers(rest, f"{conv}.weight", shapes[f"{own}.weight"])
         gain, shift, mean, var = (
-            rest.pop(f"{norm}.{k}").double()
+            _numbers(rest, f"{norm}.{k}", shapes[f"{own}.bias"])
             for k in ("weight", "bias", "running_mean", "running_var")
         )
         factor = gain / torch.sqrt(var + EPSILON)
         made[f"{own}.weight"] = (weight * factor[:, None, None, None]).float()
         made[f"{own}.bias"] = (shift - mean * factor).float()
-    made |= {f"logits.{k}": rest.pop(f"_fc.{k}") for k in ("weight", "bias")}
+    classes = len(tensors["_fc.bias"]) if tensors["_fc.bias"].ndim == 1 else 0
+    for key, shape in (("weight", (max(classes, 1), HEAD)), ("bias", (max(classes, 1),))):
+        made[f"logits.{key}"] = _numbers(rest, f"_fc.{key}", shape).float()
     if unknown := sorted(key for key in rest if not key.endswith("num_batches_tracked")):
         raise ValueError(f"have {len(unknown)} unknown tensors, the first of them {unknown[0]!r}")
     return made
+
+
+def _numbers(rest: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+    """Take a tensor out of a state dict, in float64, after it was checked."""
+    tensor = rest.pop(key)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"have a tensor {key!r} of shape {tuple(tensor.shape)}, expected {shape}")
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"have a tensor {key!r} of type {kind}, expected float32")
+    return tensor.double()

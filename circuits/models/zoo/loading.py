@@ -430,12 +430,13 @@ def _efficient(name: str, weights: Weights) -> HookedModel:
     variant = VARIANTS[name]
     path = weights or packaged_weights(name)
     tensors = {} if isinstance(path, Untrained) else read_weights(path)
-    n_classes = len(tensors["_fc.weight"]) if "_fc.weight" in tensors else 1000
-    module = EfficientNetLite(variant, n_classes)
-    if tensors:
+    module, n_classes = EfficientNetLite(variant), 1000
+    if not isinstance(path, Untrained):
         source = repr(str(path))
         try:
             converted = folded(tensors, name)
+            n_classes = len(converted["logits.weight"])
+            module = EfficientNetLite(variant, n_classes)
         except KeyError as error:
             raise ValueError(f"weights {source} lack the tensor {error.args[0]!r}") from error
         except ValueError as error:

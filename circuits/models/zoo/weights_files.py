@@ -153,7 +153,8 @@ def packaged_weights(model: str) -> Path:
     path = Path(str(installed.locate_file(package.file)))
     if not path.is_file():
         raise FileNotFoundError(
-            f"model {model!r}: package {package.name} {installed.version} has no file {package.file!r}: {install}"
+            f"model {model!r}: package {package.name} {installed.version} has no file {package.file!r}: {install} "
+            "--force-reinstall"
         )
     if (found := file_hash(path)) != package.sha256:
         raise ValueError(
@@ -207,6 +208,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         EOFError,
         zipfile.BadZipFile,
         ValueError,
+        KeyError,  # raised for a file that begins with an unknown code
     ) as error:
         raise ValueError(
             f"weights file {str(path)!r} is not a complete file of plain tensors ({type(error).__name__};"
