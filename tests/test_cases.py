@@ -14,8 +14,8 @@ from PIL import Image
 from cases.curve_detector.hosts import images_of
 from cases.curve_detector.page import found_in_place, found_of_constants
 from cases.curve_detector.stage import Options
-from cases.imagenet.evidence import _at_eyes
-from cases.imagenet.names import text_of
+from cases.imagenet.evidence import _at_eyes, rate_p
+from cases.imagenet.names import _curves, _directions, text_of
 from cases.imagenet.photographs import shuffled_model
 from circuits.cli.main import run
 from circuits.concepts import read_names
@@ -218,6 +218,34 @@ def test_ranks_at_eyes_by_hand() -> None:
     own, gain = _at_eyes(maps, [[(0.9, 0.9), (0.0, 0.0)], [(0.1, 0.1)]])
     assert own.tolist() == [[1.0], [0.0]]  # of several eyes the highest counts
     assert gain.tolist() == [[1.0], [-1.0]]  # beside where the other photograph has its eye
+
+
+def test_more_curve_units_than_by_chance_by_hand() -> None:
+    """Of all that were found, each is the network's with a probability of one in the number of networks."""
+    assert rate_p(2, [1]) == pytest.approx(4 / 8)  # 2 or 3 of 3
+    assert rate_p(2, [0, 1, 0]) == pytest.approx(3 * 3 / 64 + 1 / 64)
+    assert rate_p(0, [0, 0]) == 1
+
+
+def test_curve_units_are_named_where_there_are_clearly_more_than_by_chance() -> None:
+    unit = {
+        "preferred": 40.0, "fwhm": 60.0, "echo": 0.0, "radius": 30.0, "line_peak": 0.1, "peak": 2.0, "curve": [1.0],
+        "circular_variance": 0.2,
+    }  # fmt: skip
+    units = [{"unit": f"{site}:1"} | unit for site in ("few", "many")]
+    chance = {"few": {"p_corrected": 0.02}, "many": {"p_corrected": 0.001}}
+    made = _curves({"curves": {"units": units, "by_chance": chance}})
+    assert [(str(n.unit), n.text) for n in made] == [("many:1", "curves that bulge at 40°")]
+
+
+def test_directions_are_counted_both_ways() -> None:
+    others = {"of_others_low": -0.1, "of_others_high": 0.2}
+    zeroed = [{"group": "dogs", "change_of_log_p": x} | others for x in (-0.2, -0.1, 0.1, 0.3, 0.4)]
+    found = _directions([*zeroed, {"kl": 0.1}])  # one that tells no group
+    assert (found["units"], found["raised"]) == (5, 3)
+    assert (found["lower_than_all_others"], found["higher_than_all_others"]) == (1, 2)
+    assert found["mean_change"] == pytest.approx(0.1)
+    assert found["each_by_chance"] == pytest.approx(5 / 7)
 
 
 def test_names_of_drawings_say_angles_where_there_are_any() -> None:

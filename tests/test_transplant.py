@@ -196,6 +196,34 @@ def test_a_report_against_its_definition() -> None:
     assert facts["matches"][0]["host"] == "act:0"
 
 
+def test_the_best_constant_is_found_between_whole_levels() -> None:
+    """Against all levels in steps of .01, on images of which half are faint and half are strong."""
+    model, donor = host(), twin()
+    shown = [torch.cat([x[:4] * 0.2, x[4:] * 3]) for x in images(16, 1)]
+    graft = match_and_fit(model, tuned("act", model), donor, [tuned("pre", donor)], shown)
+    report = measure_transplant(model, graft, shown, shown, n_random=1)
+    mean = torch.cat([model.run(x, read=["act"])["act"] for x in shown]).mean((0, 2, 3))
+
+    def divergence(level: float) -> float:
+        def put(value: Tensor) -> Tensor:
+            changed = value.clone()
+            changed[:, :4] = level * mean[:4, None, None]
+            return changed
+
+        own, other = (
+            torch.cat([model.logits(x, edits) for x in shown]).double().log_softmax(-1)
+            for edits in ({}, {"act": put})
+        )
+        return float((own.exp() * (own - other)).sum(-1).mean())
+
+    found = report.condition("best constant").kl.value
+    whole, all_of_them = (
+        min(divergence(float(x)) for x in levels) for levels in (range(4), torch.arange(0, 3, 0.01))
+    )
+    assert all_of_them <= found + 1e-6
+    assert found < whole - 0.5 * (whole - all_of_them)
+
+
 _KILLED = """
 import sys, time
 from pathlib import Path
@@ -227,7 +255,7 @@ def measured(keep: Keep) -> dict[str, Any]:
 def test_killed_it_goes_on_from_its_parts_to_the_same_numbers(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     parts = [
-        "answers", "batch-0", "batch-1", "batch-2", "best-constant", "fit", "means", "random-weights-1",
+        "answers", "batch-0", "batch-1", "batch-2", "best-level", "fit", "means", "random-weights-1",
         "random-weights-2", "shuffled-1", "shuffled-2",
     ]  # fmt: skip
     whole = measured(make_now)

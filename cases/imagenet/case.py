@@ -60,6 +60,7 @@ def run(
     shown = photographs_of(model, options.evaluate, options.labels, 40 if options.fast else None)
     first = shown.shown.subset(range(0, len(shown.shown), max(1, len(shown.shown) // 32)))
     control = shuffled_model(model, first.inputs, options.seed)
+    again = range(options.seed + 1, options.seed + (2 if options.fast else 4))
     pair = {evidence.OWN: model, evidence.CONTROL: control}
     few, curved = (2, (evidence.HOST,)) if options.fast else (None, evidence.CURVES)
     made: dict[str, Made] = {}
@@ -75,7 +76,13 @@ def run(
         "drawings": lambda note: evidence.drawings(
             pair, evidence.EARLY[:few], 6 if options.fast else 7, note
         ),
-        "curves": lambda note: evidence.curves(pair, curved, 19 if options.fast else 99, note),
+        "curves": lambda note: evidence.curves(
+            pair,
+            [shuffled_model(model, first.inputs, seed) for seed in again],
+            curved,
+            19 if options.fast else 99,
+            note,
+        ),
         "origins": lambda _: evidence.origins(model, found(), options.seed),
         "classes": lambda _: evidence.classes(pair, shown, evidence.LATE, options.seed),
         "eyes": lambda _: evidence.eyes(pair, shown, evidence.EYES),

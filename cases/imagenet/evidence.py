@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import binom
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -108,8 +110,22 @@ def _along(kind: str, angle: float) -> float | None:
     return None
 
 
-def curves(pair: Pair, sites: Sequence[str], permutations: int, progress: Progress) -> Stage:
-    """Curve units by their tuning, and families of units that are one unit turned."""
+def curves(
+    pair: Pair,
+    again: Sequence[HookedModel],
+    sites: Sequence[str],
+    permutations: int,
+    progress: Progress,
+) -> Stage:
+    """Curve units by their tuning, and families of units that are one unit turned.
+
+    Args:
+        pair: the network and the control.
+        again: more controls, shuffled with other seeds, to count curve units in.
+        sites: where to look.
+        permutations: of each search for families.
+        progress: called with the searches done and all there are.
+    """
     counts: dict[str, Any] = {name: {} for name in pair}
     units, families, tunings = [], [], {}
     for k, (name, model) in enumerate(pair.items()):
@@ -120,11 +136,12 @@ def curves(pair: Pair, sites: Sequence[str], permutations: int, progress: Progre
                 model, at, permutations=permutations, size=stimulus_size(model, at, None)
             )
             curved = [c for c in found if c.is_curve_unit]
+            beyond = [f for f in some if f.p_value <= 0.05]  # of the largest of any shuffle
             counts[name][site] = {
                 "curve_units": len(curved), "n_units": len(found), "families": len(some),
-                "families_beyond_chance": sum(f.p_value <= 0.05 for f in some),
-                "in_families": sum(len(f.members) for f in some),
-                "largest": max((len(f.members) for f in some), default=0),
+                "families_beyond_chance": len(beyond),
+                "in_families": sum(len(f.members) for f in beyond),
+                "largest": max((len(f.members) for f in beyond), default=0),
                 "coverage": joint_tuning([c.tuning for c in curved]).coverage if curved else 0.0,
             }  # fmt: skip
             tunings[name, site] = [c.tuning for c in (curved or found)[:11]]
@@ -137,9 +154,30 @@ def curves(pair: Pair, sites: Sequence[str], permutations: int, progress: Progre
             progress(k * len(sites) + j + 1, 2 * len(sites))
     shown = {name: tunings[name, sites[-1]] for name in pair}
     caption = f"Curve units of {sites[-1]} by their tuning; of shuffled weights the most selective units instead."
+    numbers = {"counts": counts, "units": units, "families": families}
     return Stage(
-        {"counts": counts, "units": units, "families": families}, {caption: drawing.tuned(shown)}
+        numbers | {"by_chance": _by_chance(counts, again)}, {caption: drawing.tuned(shown)}
     )
+
+
+def _by_chance(counts: Mapping[str, Any], again: Sequence[HookedModel]) -> dict[str, Any]:
+    """How many curve units each control has, site by site, and whether the network clearly has more (Holm)."""
+    others = {site: [own["curve_units"]] for site, own in counts[CONTROL].items()}
+    for model, (site, found) in product(again, others.items()):
+        units = find_curve_units(model, before(site), step=15.0)
+        found.append(sum(c.is_curve_unit for c in units))
+    p = corrected([rate_p(counts[OWN][s]["curve_units"], n) for s, n in others.items()])
+    rows = zip(others.items(), p, strict=True)
+    return {site: {"curve_units": n, "p_corrected": q} for (site, n), q in rows}
+
+
+def rate_p(there: int, others: Sequence[int]) -> float:
+    """How likely it is that one count is as high beside several others if all are of one rate: exact, for Poisson.
+
+    >>> rate_p(1, [0]), rate_p(2, [0, 0, 0])
+    (0.5, 0.0625)
+    """
+    return float(binom.sf(there - 1, there + sum(others), 1 / (1 + len(others))))
 
 
 def origins(model: HookedModel, found: Mapping[str, Any], seed: int) -> Stage:
@@ -159,8 +197,10 @@ def origins(model: HookedModel, found: Mapping[str, Any], seed: int) -> Stage:
         rows[f"{source} to {target}"] = {
             "share": alike[0], "by_chance": float(np.mean(alike[1:])), "p": p_value(alike[0], alike[1:], "greater"),
         }  # fmt: skip
+    p = corrected([r["p"] for r in rows.values()], "benjamini-hochberg")
+    alike = {k: r | {"p_corrected": q} for (k, r), q in zip(rows.items(), p, strict=True)}
     equal = _equivariance(model, found["curves"]["families"], seed)
-    return Stage({"same_orientation": rows, "equivariance": equal})
+    return Stage({"same_orientation": alike, "equivariance": equal})
 
 
 def channel_weights(model: HookedModel, source: str, target: str) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cases.imagenet import drawing
-from cases.imagenet.evidence import CONTROL, OWN, READ, SOURCES, before, channel_weights
+from cases.imagenet.evidence import READ, SOURCES, before, channel_weights
 from cases.imagenet.photographs import Photographs, classes_of
 from cases.stages import Stage
 from circuits.concepts import Name
@@ -64,16 +64,32 @@ def name_all(
         for unit, name in sorted(made.items())
     ]  # fmt: skip
     caption = "What photographs excite units most, for units of each kind of name: each photograph's strongest part."
-    return Stage({"names": names}, {caption: drawing.crops(model, shown, names)})
+    return Stage(
+        {"names": names, "directions": _directions(zeroed.values())},
+        {caption: drawing.crops(model, shown, names)},
+    )
+
+
+def _directions(zeroed: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """How many units change their group's log-probability by more than all others that were tried, down and up."""
+    of_groups = [z for z in zeroed if "group" in z]
+    return {
+        "units": len(of_groups),
+        "lower_than_all_others": sum(z["change_of_log_p"] < z["of_others_low"] for z in of_groups),
+        "higher_than_all_others": sum(
+            z["change_of_log_p"] > z["of_others_high"] for z in of_groups
+        ),
+        "each_by_chance": len(of_groups) / (_OTHERS + 1),
+        "raised": sum(z["change_of_log_p"] > 0 for z in of_groups),
+        "mean_change": sum(z["change_of_log_p"] for z in of_groups) / max(len(of_groups), 1),
+    }
 
 
 def _curves(found: Mapping[str, Any]) -> list[Name]:
-    """Of sites where shuffled weights have at most a twentieth as many: elsewhere they may be there by chance."""
-    made, counts = [], found["curves"]["counts"]
+    """Of sites that have clearly more than shuffled weights, p at most .01: elsewhere they may be there by chance."""
+    made = []
     for u in found["curves"]["units"]:
-        site = Unit.parse(u["unit"]).site
-        by_chance, there = (counts[name][site]["curve_units"] for name in (CONTROL, OWN))
-        if by_chance > 0.05 * there:
+        if found["curves"]["by_chance"][Unit.parse(u["unit"]).site]["p_corrected"] > 0.01:
             continue
         evidence = {k: u[k] for k in ("preferred", "fwhm", "echo", "radius", "line_peak", "peak")}
         evidence |= {

@@ -21,8 +21,14 @@ def rows_of(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:
          sum(kinds[CONTROL][site].values()))
         for site, own in kinds[OWN].items()
     ]  # fmt: skip
+    chance = results["curves"]["by_chance"]
+    rows += [
+        ("curve units (of each shuffle)", site, own["n_units"], own["curve_units"],
+         ", ".join(map(str, chance[site]["curve_units"])))
+        for site, own in results["curves"]["counts"][OWN].items()
+    ]  # fmt: skip
     said = {
-        "curve_units": "curve units", "families_beyond_chance": "families beyond chance", "in_families": "in families",
+        "families_beyond_chance": "families beyond chance, p at most 0.05", "in_families": "in these families",
     }  # fmt: skip
     for key, what in said.items():
         rows += _compared(results["curves"], what, key, "n_units")
@@ -60,7 +66,8 @@ def write_page(
     ]
     for stage, shown in figures.items():
         parts += figures_of(stage, shown) if shown else []
-    parts += [*_origins(results), *_decision(results), *_transplant(results), _names(results)]
+    parts += [*_origins(results), *_decision(results), *_transplant(results)]
+    parts += [_directions(results), _names(results)]
     parts.append(
         f"<p>Weights {escape(str(results['hashes']))}; seed {results['seed']}"
         f"{', coarse (--fast)' if results['fast'] else ''}.</p>"
@@ -70,10 +77,10 @@ def write_page(
 
 def _origins(results: Mapping[str, Any]) -> list[str]:
     rows = [
-        (k, v["share"], v["by_chance"], v["p"])
+        (k, v["share"], v["by_chance"], v["p"], v["p_corrected"])
         for k, v in results["origins"]["same_orientation"].items()
     ]
-    columns = ("from, to", "share with the same orientation", "by chance", "p")
+    columns = ("from, to", "share with the same orientation", "by chance", "p", "p, corrected")
     said = "<h2>What units are built from</h2><p>Of the three units that each oriented unit reads most:</p>"
     turned = [
         (r["from"], r["to"], r["correlation"], r["null"], r["p_corrected"])
@@ -124,6 +131,18 @@ def _transplant(results: Mapping[str, Any]) -> list[str]:
     ]
     columns = ("in their place", "KL recovered", "KL, nats", "top-5", "p of KL")
     return [f"<h2>{stage['units']} curve units replaced</h2>", table_of(columns, rows)]
+
+
+def _directions(results: Mapping[str, Any]) -> str:
+    found = results["names"]["directions"]
+    if not found["units"]:
+        return ""
+    return (
+        f"<p>Zeroing one unit that tells a group of classes, of {found['units']}: "
+        f"{found['lower_than_all_others']} lower the group's log-probability by more than all other units that were "
+        f"tried, {found['higher_than_all_others']} raise it by more ({found['each_by_chance']:.1f} of each by chance); "
+        f"{found['mean_change']:.4f} nats in the mean of all.</p>"
+    )
 
 
 def _names(results: Mapping[str, Any]) -> str:

@@ -35,7 +35,8 @@ from circuits.transplant.grafts import (
 from circuits.units import Units
 
 LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
-"""The levels tried for the best constant, in multiples of the units' means."""
+"""The levels tried first for the best constant, in multiples of the units' means."""
+_BETWEEN = 17  # levels tried then, from the one below the best of them to the one above
 TRANSPLANT = "transplant"
 _CONTROL = 100
 """How many passes the fitting of a control counts as in the reported progress."""
@@ -184,8 +185,14 @@ def _variants(
     def constant(title: str, level: float) -> Variant:
         return Variant(title, (Set(units, values=level * mean, origin="mean"),))
 
-    def best_level() -> int:
-        return nearest(host, [constant(f"level {x}", x) for x in LEVELS], calibration)
+    def best_of(levels: Sequence[float]) -> int:
+        return nearest(host, [constant(f"level {x}", x) for x in levels], calibration)
+
+    def best_level() -> float:
+        k = best_of(LEVELS)
+        low, high = LEVELS[max(k - 1, 0)], LEVELS[min(k + 1, len(LEVELS) - 1)]
+        between = np.linspace(low, high, _BETWEEN).tolist()
+        return between[best_of(between)]
 
     def numbered(k: int) -> Keep:
         return lambda name, make: keep(f"{name} {k}", make)
@@ -203,11 +210,11 @@ def _variants(
             random[title].append(donors.variant(f"{title} {k}", control))
             note(_CONTROL * sum(map(len, random.values())), 0)
     # The best constant is chosen as the transplant's strength is, on the same images.
-    best = keep("best constant", best_level)
+    best = keep("best level", best_level)
     return {
         "zero": [Variant("zero", (zero(units),))],
         "mean": [constant("mean", 1.0)],
-        "best constant": [constant("best constant", LEVELS[best])],
+        "best constant": [constant("best constant", best)],
         TRANSPLANT: [donors.variant(TRANSPLANT, graft)],
     } | random
 
