@@ -309,7 +309,9 @@ class HookedModel:
             KeyError: if the site is unknown.
         """
         found = self.site(site)
-        return found if self._changed[found.name] else self._by_name.get(found.before, found)
+        with self.lock:  # waits until other threads' changes end
+            changed = self._changed[found.name]
+        return found if changed else self._by_name.get(found.before, found)
 
     def last(self, names: Iterable[str | Site]) -> Site:
         """The site among `names` that is computed last."""
