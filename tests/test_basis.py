@@ -67,8 +67,8 @@ def test_normal_numbers_have_a_kurtosis_of_three_in_every_basis() -> None:
 def test_padding_does_not_count() -> None:
     """Texts of different lengths in one batch have the rows that each has alone."""
     model, site = load_model("induction"), "blocks.0.hook_resid_post"
-    drawn = torch.randint(1, 20, (3, 20), generator=torch.Generator().manual_seed(0)).tolist()
-    texts = [tuple(row[:n]) for row, n in zip(drawn, (20, 7, 12), strict=True)]
+    drawn = torch.randint(1, 20, (3, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [tuple(row[:n]) for row, n in zip(drawn, (40, 17, 22), strict=True)]
     examples = Examples(model, TextSource("some", ("a", "b", "c"), "some", tuple(texts)))
     found = basis_test(model, site, examples, n_random=1)
     alone = [Examples(model, TextSource("one", ("a",), "one", (text,))).inputs for text in texts]

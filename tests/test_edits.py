@@ -655,6 +655,7 @@ def test_reordering_is_checked(branches: HookedModel) -> None:
     assert not commute(branches, edits[0], edits[2])
 
 
+@pytest.mark.nightly
 def test_what_commutes_gives_the_same_bits_either_way(any_model: HookedModel) -> None:
     model, draw = any_model, RandomEdits(any_model, 11)
     x, checked = model.input.example(2), 0

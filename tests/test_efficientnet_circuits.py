@@ -324,7 +324,16 @@ def test_saliency_is_the_gradient(small: HookedModel, x: Tensor) -> None:
         close(made.values, slopes, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("place", ["input", "block3b", "block3b_project", "block3b_expand"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "block3b",
+        *(
+            pytest.param(p, marks=pytest.mark.nightly)
+            for p in ("input", "block3b_project", "block3b_expand")
+        ),
+    ],
+)
 def test_relevance_is_conserved(small: HookedModel, x: Tensor, place: str) -> None:
     """Under epsilon a nonlinearity passes on its value by its argument, held fixed: x f(x) / x."""
     weights = weights_of(small)
@@ -409,6 +418,7 @@ def test_an_autoencoder_is_trained_and_attached(
 # --- graphs, circuits, families --------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_the_graph_holds_the_weights(model: HookedModel, tmp_path: Path) -> None:
     with build_graph(model, tmp_path) as store:
         for unit in ("block3b_depthwise:3", "block3b_expand:3", "block4a_expand:3"):
@@ -564,7 +574,7 @@ def test_the_command_says_what_the_expand_unit_reads_and_how_often_it_is_open(ca
     assert facts["examples"]["data"] == "photos"
     assert run(words) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "block1a_depthwise:5 is built from, through stem:5, open" in said
+    assert "block1a_depthwise:5, further back: what it is built from through stem:5, open" in said
     assert f"at its upper bound at {gate['full']:.1%}" in said
 
 

@@ -60,7 +60,7 @@ def _credited(column: Any, look: Look, examples: Examples, example: Example) -> 
     picture = picture_of(one)
     assert picture is not None, "an image"
     column.image(overlaid(np.asarray(picture) / 255, found.heat()[0].numpy()), width="stretch")
-    column.caption(f"{example} · {plain(Path(example.name).stem)}")
+    column.caption(f"{plain(str(example))} · {plain(Path(example.name).stem)}")
 
 
 @part
@@ -106,7 +106,7 @@ def _image(
 ) -> None:
     box = field.at(example.position)
     column.image(_excerpt(spec, examples, example, box, whole), width="stretch")
-    column.caption(f"{example} · {plain(Path(example.name).stem)}")
+    column.caption(f"{plain(str(example))} · {plain(Path(example.name).stem)}")
 
 
 def _excerpt(

@@ -111,7 +111,7 @@ def _harvested(side: Side, statistics: Mapping[str, UnitStatistics]) -> None:
         picture = picture_of(examples.subset([example.index]))
         if picture is not None:
             column.image(picture, width="stretch")
-        column.caption(str(example))
+        column.caption(plain(str(example)))
 
 
 def _tunable(side: Side) -> bool:

@@ -36,7 +36,7 @@ from circuits.tasks.metrics import Custom
 from circuits.tasks.targets import Target
 from circuits.transplant import Tuned, match_and_fit, measure_transplant
 from circuits.tuning import find_curve_units, joint_tuning
-from circuits.tuning.preferences import preferences
+from circuits.tuning.preferring import preferences
 from circuits.tuning.responding import stimulus_size
 from circuits.units import Unit, Units
 from circuits.weights.expanded import expand_weights

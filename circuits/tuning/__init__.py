@@ -4,7 +4,7 @@ from circuits.tuning.finding import CurveUnit, JointTuning, find_curve_units, jo
 from circuits.tuning.heatmaps import HeatMap, heat_map
 from circuits.tuning.invariances import Invariance, invariance
 from circuits.tuning.measures import Interval, TuningMeasures, measure_tuning
-from circuits.tuning.preferences import Preference, preferences
+from circuits.tuning.preferring import Preference, preferences
 from circuits.tuning.radial import RadialTuning, radial_tuning
 
 __all__ = [
