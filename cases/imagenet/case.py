@@ -100,7 +100,8 @@ def run(
     names = numbers["names"].pop("names")
     results = {
         "case": NAME, "photographs": shown.facts, "thin": not shown.groups, **numbers,
-        "n_names": len(names), "names": names, "seed": options.seed, "fast": options.fast,
+        "n_names": len(names), "names": names,
+        "directions": numbers["names"]["directions"], "seed": options.seed, "fast": options.fast,
         "hashes": {model.name: model.hash},
     }  # fmt: skip
     write_json(folder / "results.json", results)

@@ -134,7 +134,7 @@ def _transplant(results: Mapping[str, Any]) -> list[str]:
 
 
 def _directions(results: Mapping[str, Any]) -> str:
-    found = results["names"]["directions"]
+    found = results["directions"]
     if not found["units"]:
         return ""
     return (
