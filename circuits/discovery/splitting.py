@@ -208,7 +208,7 @@ def _check(stream: Stream, split: Split, what: str) -> None:
         change = split.change(
             {s: v[None] for s, v in one.items()}, {s: v[None] for s, v in two.items()}
         )
-        made = change.mixed(change.activations.new_ones(1, len(split.names), 1))[0, :, 0]
+        made = change.mixed(change.activations.new_ones(1, len(split.names), 1))[0, 0]
         if split.norm is not None:
             before = one[split.before]
             made = split.norm(before + made) - split.norm(before)

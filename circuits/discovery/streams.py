@@ -589,9 +589,8 @@ class StreamGraph(EdgeGraph):
                     own = rest[:, None]
                     parts.append(own if tangent is None else tangent.pushed(own, linear))
                 continue
-            made = written_change(stream, site, clean[site][None], other[site][None])[0].movedim(
-                2, 1
-            )
+            made = written_change(stream, site, clean[site][None], other[site][None])[0]
+            made = made.transpose(0, 1)
             layer = stream.layer_of_heads(site)
             norm = None if layer is None else stream.norm("ln1_post", layer)
             if layer is not None and norm is not None:

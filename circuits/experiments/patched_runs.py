@@ -24,8 +24,8 @@ from circuits.models.paths.contributions import (
     stream_change,
     written_change,
 )
-from circuits.models.paths.parts import PartsChange
 from circuits.models.paths.residual import NEURONS, STREAMS, Path, Receiver, Sender, Stream
+from circuits.models.paths.written import Written, rows_of
 from circuits.progress import Progress
 
 Direction = Literal["noising", "denoising"]
@@ -281,7 +281,8 @@ def changes_of(
         known: tensors of sites that lie before everything that the pass computes, of one set's examples.
     """
     groups = _patched_receivers(stream, patches)
-    run = _Pass(stream, len(next(iter(patches.values()), ())), other, options, known or {})
+    written = Written(stream, stream.sender_sites({s for one in groups for s in one.senders}))
+    run = _Pass(stream, len(next(iter(patches.values()), ())), other, options, known or {}, written)
     looks: set[str] = set()
     by_site: dict[str, list[_PatchedReceivers]] = {}
     for one in groups:
@@ -318,13 +319,14 @@ class _Pass:
         other: Mapping[str, Tensor],
         options: Options,
         known: Mapping[str, Tensor],
+        written: Written,
     ) -> None:
         self.stream, self.n_sets, self.other, self.options = stream, n_sets, other, options
         self.known = {site: value[None] for site, value in known.items()}
         self.live: dict[str, Tensor] = dict(self.known)
         # At which site parts are told apart that are shown at several.
         self._told_apart = {site: s.site for s in stream.splits for site in s.sites}
-        self._written: dict[str, Tensor | PartsChange] = {}
+        self._written = written
 
     def record(self, site: str) -> Change:
         """A change that changes nothing but records a site's tensor."""
@@ -341,7 +343,7 @@ class _Pass:
                 )
             self.live[site] = value.unflatten(0, (self.n_sets, -1))
             # Of an earlier pass with the same changes.
-            self._written.pop(self._told_apart.get(site, site), None)
+            self._written.drop(self._told_apart.get(site, site))
             return value
 
         return look
@@ -376,21 +378,26 @@ class _Pass:
     def _in_parts(
         self, one: _PatchedReceivers, made: Tensor, theirs: Tensor | None
     ) -> Iterator[_PatchedReceivers]:
-        """Neurons that are patched, a number of them at a time, without those that `_replace` gives all they read."""
-        if one.receivers[0].kind not in NEURONS:
-            yield one
-            return
-        left = list(range(len(one.receivers)))
+        """Receivers with the sets in which they read something of this run: the others `_replace` gives all they read.
+
+        Of neurons there are many: a number of them at a time.
+        """
+        left = torch.ones(len(one.index), len(one.receivers), dtype=torch.bool)
         if theirs is not None and self.options.span is None and not one.off.requires_grad:
-            reaching = self.stream.reaching(one.receivers[0])
-            whole = (one.off[:, reaching] == 1).flatten(0, 1).all(0)
-            left = (~whole).nonzero()[:, 0].tolist()
-        each = len(one.index) * made.shape[1] * made.shape[2] * self.stream.width
-        size = max(1, _NUMBERS // max(1, each))
-        for start in range(0, len(left), size):
-            some = left[start : start + size]
-            receivers = tuple(one.receivers[k] for k in some)
-            yield _PatchedReceivers(receivers, one.index, one.off[:, :, some], one.senders)
+            left = ~(one.off[:, self.stream.reaching(one.receivers[0])] == 1).all(1)
+        together: dict[bytes, list[int]] = {}
+        for k, sets in enumerate(left.T):
+            together.setdefault(sets.numpy().tobytes(), []).append(k)
+        many = one.receivers[0].kind in NEURONS
+        for those in together.values():
+            rows = left[:, those[0]]
+            each = int(rows.sum()) * made.shape[1] * made.shape[2] * self.stream.width
+            size = max(1, _NUMBERS // max(1, each)) if many else len(those)
+            for start in range(0, len(those) if rows.any() else 0, size):
+                some = those[start : start + size]
+                receivers = tuple(one.receivers[k] for k in some)
+                off = one.off[rows][:, :, some]
+                yield _PatchedReceivers(receivers, one.index[rows], off, one.senders)
 
     def _replace(self, made: Tensor, theirs: Tensor, one: _PatchedReceivers) -> None:
         """Put in what was read in the other run where nothing of this run is read."""
@@ -399,7 +406,7 @@ class _Pass:
             reaching = self.stream.reaching(one.receivers[0])
             off = (one.off[:, reaching] == 1).all(1)[:, None, None].to(made.device)
             rows, own = made[one.index], [r.head for r in one.receivers]
-            put = self._rows(theirs.unflatten(0, (-1, made.shape[1])), one.index)
+            put = rows_of(theirs.unflatten(0, (-1, made.shape[1])), one.index)
             rows[..., own] = torch.where(off, put[..., own], rows[..., own])
             made[one.index] = rows
             return
@@ -409,7 +416,7 @@ class _Pass:
             whole = one.index[off if span is None else off.any(1)]
             if not len(whole):
                 continue
-            put = self._rows(theirs.unflatten(0, (-1, made.shape[1])), whole)
+            put = rows_of(theirs.unflatten(0, (-1, made.shape[1])), whole)
             at: tuple[Any, ...] = (whole,)
             if receiver.kind in ("q", "k", "v"):
                 at, put = (whole, ..., receiver.head, slice(None)), put[..., receiver.head, :]
@@ -429,47 +436,34 @@ class _Pass:
     def _received(self, one: _PatchedReceivers) -> Tensor:
         """The change of receivers' inputs: set x example x position x …"""
         stream, first = self.stream, one.receivers[0]
-        live = {name: self._rows(value, one.index) for name, value in self.live.items()}
-        sites = dict.fromkeys(stream.output_site(s) for s in one.senders)
-        written = {name: self._some(self._changed(name), one.index) for name in sites}
+        live = {name: rows_of(value, one.index) for name, value in self.live.items()}
+        for site in dict.fromkeys(stream.output_site(s) for s in one.senders):
+            self._note_change(site)
         options = self.options
         change = stream_change(
-            stream, one.off, first, written, live, options.through_mlps, options.span
-        )
+            stream, one.off, first, self._written, live, one.index, options.through_mlps,
+            options.span,
+        )  # fmt: skip
         if self.options.where is not None:
-            change = change * self.options.where.to(change)[:, None, :, None]
+            change = change * self.options.where.to(change)[..., None]
         if first.kind in STREAMS:
-            return change[:, :, 0]
+            return change[:, 0]
         before = live[stream.stream_site(first)]
         # What is added is a difference of normalised inputs, so that a receiver whose sender is the same in both runs
         # gets exactly zero.
         return input_change(stream, one.receivers, before, change, self.options.hold_norms)
 
-    def _changed(self, site: str) -> Tensor | PartsChange:
-        """What senders at a site write in the other run less what they write in this one."""
-        if site not in self._written:
-            split = next((s for s in self.stream.splits if s.site == site), None)
-            sites = (site,) if split is None else split.sites
-            live = {name: self.live[name] for name in sites}
-            n = live[site].shape[1]
-            other = {s: self.other[s].unflatten(0, (-1, n)) for s in sites if s in self.other}
-            if split is None:
-                made = written_change(self.stream, site, live[site], other[site])
-            else:
-                made = split.change(live, other)
-            self._written[site] = made
-        return self._written[site]
-
-    def _some(self, value: Tensor | PartsChange, index: Tensor) -> Tensor | PartsChange:
-        """Some sets of a change."""
-        if isinstance(value, Tensor):
-            return self._rows(value, index)
-        rest = None if value.rest is None else self._rows(value.rest, index)
-        return PartsChange(self._rows(value.activations, index), value.directions, rest)
-
-    @staticmethod
-    def _rows(value: Tensor, index: Tensor) -> Tensor:
-        """Some sets of a tensor; a tensor that is the same for all of them stays one."""
-        if len(value) == 1 or torch.equal(index, torch.arange(len(value))):
-            return value
-        return value[index]
+    def _note_change(self, site: str) -> None:
+        """Note what senders at a site write in the other run less what they write in this one."""
+        if site in self._written:
+            return
+        split = next((s for s in self.stream.splits if s.site == site), None)
+        sites = (site,) if split is None else split.sites
+        live = {name: self.live[name] for name in sites}
+        n = live[site].shape[1]
+        other = {s: self.other[s].unflatten(0, (-1, n)) for s in sites if s in self.other}
+        if split is None:
+            made = written_change(self.stream, site, live[site], other[site])
+        else:
+            made = split.change(live, other)
+        self._written.put(site, made)

@@ -20,6 +20,7 @@ from circuits.models.adapter.norms import Tangent, measure_norm
 from circuits.models.adapter.sites import evaluating
 from circuits.models.paths.parts import PartsChange
 from circuits.models.paths.residual import NEURONS, Receiver, Sender, Stream, Writers
+from circuits.models.paths.written import Written
 
 _PARTS = ("q", "k", "v")
 _READS: Mapping[str, Matrices] = {"q": "W_Q", "k": "W_K", "v": "W_V"}
@@ -28,7 +29,7 @@ _BIASES: Mapping[str, Matrices] = {"q": "b_Q", "k": "b_K", "v": "b_V"}
 
 def written_change(
     stream: Stream, site: str, live: Tensor, other: Tensor
-) -> Float[Tensor, "set example position sender d_model"]:
+) -> Float[Tensor, "set sender example position d_model"]:
     """How what senders add to the stream differs from what they added in another run, for all senders at a site.
 
     Args:
@@ -43,19 +44,20 @@ def written_change(
     if layer is None:
         mlp = stream.layer_of_mlp(site) if stream.scales else None
         scale = 1.0 if mlp is None else stream.mlp_scale(mlp)
-        return (change if scale == 1 else change * scale)[..., None, :]
-    return torch.einsum("sephd,hdm->sephm", change, stream.matrix("W_O", layer))
+        return (change if scale == 1 else change * scale)[:, None]
+    return torch.einsum("sephd,hdm->shepm", change, stream.matrix("W_O", layer))
 
 
 def stream_change(
     stream: Stream,
     off: Float[Tensor, "set sender receiver *span"],
     receiver: Receiver,
-    written: Mapping[str, Tensor | PartsChange],
+    written: Written,
     live: Mapping[str, Tensor],
+    index: Int[Tensor, " set"],
     through_mlps: bool = False,
     span: Int[Tensor, "example position"] | None = None,
-) -> Float[Tensor, "set example receiver position d_model"]:
+) -> Float[Tensor, "set receiver example position d_model"]:
     """The change of the stream that receivers at one site read if some senders write what they wrote in another run.
 
     Args:
@@ -63,60 +65,75 @@ def stream_change(
         off: for each set, sender and receiver: 0 if the receiver reads what the sender writes in this run, 1 if it
             reads what the sender wrote in the other run. What lies between is a mixture of both.
         receiver: one of the receivers.
-        written: `written_change`, or the change of parts, by site, for the sites of all senders that are replaced.
+        written: the changes of all senders that are replaced.
         live: the tensors of sites in this run, set x example x …, of what is normalised after attention and, with
             `through_mlps`, of what the MLPs read.
+        index: the numbers of the sets in the pass, as `written` has them.
         through_mlps: MLPs on the way are recomputed on the changed stream, and their change is added (Wang et al.
             2022); heads on the way are not.
         span: the span that each position is in, if `off` has spans.
     """
-    any_of = next(v for v in (*live.values(), *written.values()) if isinstance(v, Tensor))
-    n_sets = len(off)
-    total = off.new_zeros(
-        (n_sets, any_of.shape[1], off.shape[2], any_of.shape[2], stream.width)
-    ).to(any_of)
+    total: Tensor | float = 0.0
     passed = stream.mlps_before(receiver)
-
-    def mixed(sender_site: str, index: slice) -> Tensor | None:
-        """The change that some senders make together; None if no set replaces any, and no gradient is asked for."""
-        weights = off[:, index].to(total)
-        sloped = weights.requires_grad and sender_site in written
-        if not sloped and not weights.any():
-            return None
-        change = written[sender_site]
-        if isinstance(change, PartsChange):
-            return change.mixed(weights, span)
-        if span is not None:
-            return torch.einsum("sepum,sukep->sekpm", change, weights[..., span])
-        return torch.einsum("sepum,suk->sekpm", change, weights)
-
-    def of(writers: Writers) -> Tensor | None:
-        return _through_post_norm(writers, mixed(writers.site, writers.columns), live)
+    together: list[str] = []  # sites whose senders are summed as one
 
     def add(made: Tensor | None) -> None:
         nonlocal total
         total = total if made is None else total + made
 
+    def mixed(site: str, columns: slice) -> Tensor | None:
+        """The change that some senders make together; None if no set replaces any, and no gradient is asked for."""
+        weights = off[:, columns]
+        sloped = weights.requires_grad and site in written
+        if not sloped and not weights.any():
+            return None
+        change = written.of(site, index)
+        if isinstance(change, PartsChange):
+            return change.mixed(weights.to(change.activations), span)
+        if span is not None:
+            return torch.einsum("suepm,sukep->skepm", change, weights.to(change)[..., span])
+        return torch.einsum("suepm,suk->skepm", change, weights.to(change))
+
+    def write(site: str, columns: slice, writers: Writers | None = None) -> None:
+        alone = writers is not None and (writers.norm is not None or writers.split is not None)
+        if not alone and span is None:
+            together.append(site)
+            return
+        made = mixed(site, columns)
+        add(made if writers is None else _through_post_norm(writers, made, live))
+
+    def summed() -> Tensor:
+        """The change so far."""
+        nonlocal together
+        if together:
+            add(written.mixed(together, off, index))  # type: ignore[arg-type]
+        together = []
+        if isinstance(total, Tensor):
+            return total
+        any_of = next(iter(live.values()))
+        return any_of.new_zeros(len(off), off.shape[2], *any_of.shape[1:3], stream.width)
+
     for sender in stream.senders[:2]:
         if sender.kind in ("token", "position"):
-            add(mixed(stream.output_site(sender), stream.index_of(sender)))
+            write(stream.output_site(sender), stream.index_of(sender))
     for layer in range(stream.n_layers):
         attention = stream.writers(layer, "attention")
         if not stream.parallel:
-            add(of(attention))
+            write(attention.site, attention.columns, attention)
         mlp = Receiver("mlp", layer)
         if mlp in passed:
             own = stream.writers(layer, "mlp")
             if through_mlps:
                 # An MLP that is a sender itself is replaced instead: its output is the other run's.
-                kept = (off[:, own.columns] == 0).to(total)[..., None, None]
-                add(_recomputed(stream, total, mlp, live) * kept)
-            add(of(own))
+                before = summed()
+                kept = (off[:, own.columns] == 0).to(before).transpose(1, 2)[..., None, None]
+                add(_recomputed(stream, before, mlp, live) * kept)
+            write(own.site, own.columns, own)
         if (
             stream.parallel
         ):  # attention and MLP read the same stream: the MLP does not see these heads
-            add(of(attention))
-    return total
+            write(attention.site, attention.columns, attention)
+    return summed()
 
 
 def _through_post_norm(
@@ -126,20 +143,23 @@ def _through_post_norm(
     if moved is None or writers.norm is None:
         return moved
     # The sum of all heads is normalised before it is added to the stream, so heads interact.
-    return _norm_change(writers.norm, live[writers.before][:, :, None], moved)
+    return _norm_change(writers.norm, live[writers.before][:, None], moved)
 
 
 def _norm_change(norm: Any, before: Tensor, change: Tensor) -> Tensor:
     """The change of a normalisation's output; zero to the bit where nothing changes."""
-    # Both laid out in memory in the same way, which decides in what order numbers are summed.
-    after = (before + change).contiguous()
-    return norm(after) - norm(before.expand_as(after).contiguous())
+    made = norm(before + change) - norm(before)
+    # Sums over tensors of different shapes may be rounded differently.
+    still = (change == 0).all(-1, keepdim=True)
+    if made.requires_grad:
+        return torch.where(still, made - made.detach(), made)
+    return made.masked_fill_(still, 0)
 
 
 def _recomputed(stream: Stream, total: Tensor, mlp: Receiver, live: Mapping[str, Tensor]) -> Tensor:
     """The change of an MLP's output that the change of the stream so far causes."""
     norm = norm_of(stream, mlp)
-    read = live[stream.stream_site(mlp)][:, :, None]
+    read = live[stream.stream_site(mlp)][:, None]
     return _norm_change(lambda x: mlp_output(stream, mlp.layer, norm(x)), read, total)
 
 
@@ -159,7 +179,7 @@ def input_change(
     stream: Stream,
     receivers: Sequence[Receiver],
     before: Float[Tensor, "#set example position d_model"],
-    change: Float[Tensor, "set example receiver position d_model"],
+    change: Float[Tensor, "set receiver example position d_model"],
     hold_norm: bool = False,
 ) -> Float[Tensor, "set example position *inner"]:
     """The change of receivers' inputs (at `Stream.input_site`) that changes of the stream before them cause.
@@ -175,11 +195,11 @@ def input_change(
         hold_norm: freeze the normalisation's scale instead of recomputing it.
     """
     first = receivers[0]
-    norm, before = norm_of(stream, first), before[:, :, None]
+    norm, before = norm_of(stream, first), before[:, None]
     made = _held(norm, before, change) if hold_norm else _norm_change(norm, before, change)
     if first.kind not in (*_PARTS, *NEURONS):
-        return made[:, :, 0]
-    given = torch.einsum("sekpm,kmd->sepkd", made, read_matrices(stream, receivers))
+        return made[:, 0]
+    given = torch.einsum("skepm,kmd->sepkd", made, read_matrices(stream, receivers))
     return given[..., 0] if first.kind in NEURONS else given
 
 

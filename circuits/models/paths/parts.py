@@ -85,7 +85,7 @@ class PartsChange:
         self,
         weights: Float[Tensor, "set part receiver *span"],
         span: Int[Tensor, "example position"] | None = None,
-    ) -> Float[Tensor, "set example receiver position d_model"]:
+    ) -> Float[Tensor, "set receiver example position d_model"]:
         """The change of the stream that some parts make together, for each receiver.
 
         Args:
@@ -105,4 +105,4 @@ class PartsChange:
                 left = weight[:, n, None, None] if span is None else weight[:, n][..., span]
                 moved = moved + self.rest * left[..., None]
             made.append(moved)
-        return torch.stack(made, 2)
+        return torch.stack(made, 1)
