@@ -357,7 +357,7 @@ class Runs:
             order = self._order  # what is no site was there before
             known = {n: v for n, v in pair.clean.items() if n not in order or order[n] < stop}
         changes = merged(self.model, joined, self.graph.changes(off, pair.other, known))
-        cut = self._cut(pair, changed[-1])
+        cut = self.cut(pair, changed[-1])
         edits = changes if cut is None else cut.added(changes)
         grad = off.requires_grad or any(value.requires_grad for value in pair.other.values())
         tensors, output = self._run(pair, n, begin, edits, reached, grad)
@@ -367,8 +367,13 @@ class Runs:
         made = self.reading(pair.part, whole | tensors, n, cut, output)
         return self.value(made, pair.intact, n)[::rows]
 
-    def _cut(self, pair: Pair, changed: str) -> Narrowing | None:
-        """Leave out the positions that do not count after the last attention layer, if nothing else needs them."""
+    def cut(self, pair: Pair, changed: str) -> Narrowing | None:
+        """Leave out the positions that do not count after the last attention layer, if nothing else needs them.
+
+        Args:
+            pair: the batch and its two runs.
+            changed: the last site that is changed.
+        """
         part, length = pair.part, pair.clean[self.end.name].shape[1]
         tokens = self.end.axes == ("batch", "position", "unit") and part.inputs.shape[1] == length
         if not tokens or length < 2 or len(self.ends) > 1 or self.keep_output:

@@ -463,6 +463,9 @@ def gradients_at(
     # What comes after all that is read, as after a unit whose activation is the metric, has no gradient.
     last = None if runs.keep_output else runs.model.last(read)
     changes = merged(runs.model, pair.edits, edits, {site: leaf(site) for site in taken})
+    order = {site.name: i for i, site in enumerate(runs.model.sites)}
+    cut = runs.cut(pair, max((*taken, *sites), key=lambda name: order[runs.model.site(name).name]))
+    changes = changes if cut is None else cut.added(changes)
     # One for all examples: it is not asked what biases are worth on each.
     rules = Propagation("epsilon", 1, pair.clean[graph.reads[0]]) if relevance else nullcontext()
     with rules:
@@ -471,7 +474,7 @@ def gradients_at(
             reference=relevance,
         )  # fmt: skip
     tensors = {s.name: cache[s] for s in read}
-    reading = runs.reading(pair.part, tensors, output=output_of(cache))
+    reading = runs.reading(pair.part, tensors, cut=cut, output=output_of(cache))
     value = runs.metric.of(reading, pair.intact)
     made = torch.autograd.grad(
         value.sum(), list(leaves.values()), allow_unused=True, retain_graph=bool(graph.behind)

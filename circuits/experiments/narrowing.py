@@ -75,7 +75,10 @@ def worth_narrowing(places: Places, n_rows: int, n_positions: int) -> bool:
 
 
 class PositionwiseStreams:
-    """The residual streams after which a model treats each position separately; each is tested once."""
+    """The sites after which a model treats each position separately: residual streams, or what the logits are made of.
+
+    Each is tested once.
+    """
 
     def __init__(self, model: HookedModel, end: Site) -> None:
         self.model, self.end = model, end
@@ -83,16 +86,18 @@ class PositionwiseStreams:
         self.known: dict[str, bool] = {}
 
     def first(self, inputs: Tensor, output: Tensor, behind: int) -> Site | None:
-        """The earliest stream after which positions may be left out; None if there is none.
+        """The earliest stream after which positions may be left out, else the site that needs all; None if neither.
 
         Args:
             inputs: examples to test it on, none of them padded.
             output: the model's output for them.
             behind: the index, among the model's sites, of the last one that needs all positions.
         """
-        for site in narrowable(self.model, self.end):
-            if self.order[site.name] < behind:
-                continue
+        late = [s for s in narrowable(self.model, self.end) if self.order[s.name] >= behind]
+        own = self.model.sites[behind]
+        if own != self.end and own.axes == ("batch", "position", "unit"):
+            late.append(own)
+        for site in late:
             if site.name not in self.known:
                 self.known[site.name] = narrows(self.model, site, self.end, inputs, output)
             if self.known[site.name]:
