@@ -31,7 +31,14 @@ from circuits.models.adapter.head_sites import (
 )
 from circuits.models.adapter.head_weights import HeadWeights
 from circuits.models.adapter.parts import Parts, TracedParts
-from circuits.models.adapter.program import DEVICES, Program, Recorder, Value, own_tensors
+from circuits.models.adapter.program import (
+    DEVICES,
+    Operation,
+    Program,
+    Recorder,
+    Value,
+    own_tensors,
+)
 from circuits.models.adapter.state import Held, Slot, holding, remember_state
 from circuits.models.adapter.streams import NoStreamError, TracedStream, find_stream, stream_sites
 from circuits.tensors import is_in_fewer_digits, is_transformed
@@ -134,7 +141,9 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 def is_bridge(module: nn.Module) -> bool:
     """Whether `module` is a TransformerLens bridge, judged by its attributes, so that nothing is imported."""
-    return hasattr(module, "hook_dict") and hasattr(module, "cfg")
+    # A bridge's `hook_dict` is a property that goes through all of its parts each time it is asked for.
+    own = "hook_dict" in vars(module) or hasattr(type(module), "hook_dict")
+    return own and hasattr(module, "cfg")
 
 
 @dataclass(frozen=True)
@@ -245,8 +254,12 @@ def trace_model(
     if not found:
         raise _without_sites(module, unplaced)
     values = {t.name: t.notes[1] for t in traces if t.notes[1] is not None}
+    makers = {made: op for op in first.program.operations for made in op.outputs}
     return TracedModel(
-        [(_with_ceiling(site, values, first.program, found), tap) for site, tap in found.values()],
+        [
+            (_with_ceiling(site, values, first.program, makers, found), tap)
+            for site, tap in found.values()
+        ],
         unplaced,
         left_out,
         second.program,
@@ -258,11 +271,14 @@ def trace_model(
 
 
 def _with_ceiling(
-    site: Site, values: Mapping[str, Value], program: Program, known: Container[str]
+    site: Site,
+    values: Mapping[str, Value],
+    program: Program,
+    makers: Mapping[Value, Operation],
+    known: Container[str],
 ) -> Site:
     """The site with its ceiling, if functions such as ReLU6 made it, and with the site of what they were given."""
     value = values.get(site.name)
-    makers = {made: op for op in program.operations for made in op.outputs}
     floors, ceilings, before = [], [], ""
     while value is not None:
         op = makers.get(value)
