@@ -125,8 +125,7 @@ def convert(
         FileNotFoundError: if there is no such file.
         ImportError: if the package gguf is not installed.
         ValueError: if it is no whole GGUF file, of an architecture or quantisation that is not known, or lacks weights.
-        MemoryError: if the machine has not enough free memory.
-        OSError: if there is not enough space, or the workspace cannot be written.
+        OSError: if there is not enough free memory or space, or the workspace cannot be written.
         BlockingIOError: if another process has been converting it for longer than `PATIENCE`.
     """
     header = read_header(path, what)
@@ -168,7 +167,7 @@ def convert_gguf(
         The folder in the workspace.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError, MemoryError, OSError: as `convert`.
+        FileNotFoundError, ValueError, ImportError, OSError: as `convert`.
     """
     what, path = f"model {spec!r}", Path(spec.removeprefix("gguf:")).expanduser()
     if not path.is_file() or not is_converted(gguf_folder(path, Workspace.default())):
@@ -184,14 +183,14 @@ def check_room(header: GGUFHeader, folder: Path, what: str) -> None:
     """Raise unless there is memory to convert a file, and space in a folder for the result.
 
     Raises:
-        MemoryError: if there is too little free memory, as far as the machine says how much there is.
-        OSError: if there is too little space.
+        OSError: if there is too little space, or too little free memory, as far as the machine says how much there is.
     """
     free = free_memory()
     if free is not None and free < memory_needed(header):
-        raise MemoryError(
+        # No MemoryError: of one, people are told to take fewer inputs.
+        raise OSError(
             f"{what} needs {_size(memory_needed(header))} of memory to be converted ({header.n_numbers} numbers), and "
-            f"{_size(free)} are free: not enough memory"
+            f"{_size(free)} are free: end other programs, or convert it on a larger machine"
         )
     there = next(p for p in (folder, *folder.parents) if p.exists())
     if (space := shutil.disk_usage(there).free) < disk_needed(header):

@@ -130,8 +130,8 @@ def fetch(
         FileNotFoundError: if there is no such file.
         ImportError: if the package gguf is not installed.
         ValueError: if the file is not the published one.
-        OSError: if it cannot be downloaded, there is no space, or the workspace cannot be written.
-        MemoryError: if the machine has too little free memory to convert it.
+        OSError: if it cannot be downloaded, there is too little space or free memory, or the workspace cannot be
+            written.
     """
     published = PUBLISHED.get(name)
     if published is None:

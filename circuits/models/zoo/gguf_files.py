@@ -117,9 +117,10 @@ def read_header(path: Path, what: str) -> GGUFHeader:
                 f"{what}: {str(path)!r} is of version {version} of GGUF in the byte order of this machine: expected "
                 f"one of {', '.join(map(str, _VERSIONS))}"
             )
+        gguf = gguf_package(what)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _parsed(_Cursor(data, 8), size)
+                return _parsed(_Cursor(data, 8), size, gguf)
             except EOFError as error:
                 raise ValueError(f"{what}: {str(path)!r} is cut off: {error}") from error
             except (ValueError, UnicodeDecodeError) as error:
@@ -183,7 +184,7 @@ class _Cursor:
             self.at += length
 
 
-def _parsed(cursor: _Cursor, size: int) -> GGUFHeader:
+def _parsed(cursor: _Cursor, size: int, gguf: Any) -> GGUFHeader:
     n_tensors, n_facts = cursor.scalar("<Q"), cursor.scalar("<Q")
     facts: dict[str, Fact] = {}
     for _ in range(n_facts):
@@ -192,7 +193,7 @@ def _parsed(cursor: _Cursor, size: int) -> GGUFHeader:
         if value is not None:
             facts[key] = value
     cursor.check(24 * n_tensors)  # the least that a tensor's entry takes
-    places = [_tensor(cursor) for _ in range(n_tensors)]
+    places = [_tensor(cursor, gguf) for _ in range(n_tensors)]
     if not places:
         raise ValueError("has no tensors: expected a file with the weights of a model")
     architecture = facts.get("general.architecture")
@@ -210,7 +211,7 @@ def _parsed(cursor: _Cursor, size: int) -> GGUFHeader:
     return GGUFHeader(architecture, facts, tuple(t for t, _, _ in places), size)
 
 
-def _tensor(cursor: _Cursor) -> tuple[GGUFTensor, int, int]:
+def _tensor(cursor: _Cursor, gguf: Any) -> tuple[GGUFTensor, int, int]:
     """A tensor, where its data begins after the header, and how many bytes it has."""
     name, n_axes = cursor.text(), cursor.scalar("<I")
     if n_axes > _MOST_AXES:
@@ -219,7 +220,7 @@ def _tensor(cursor: _Cursor) -> tuple[GGUFTensor, int, int]:
         )
     shape = tuple(cursor.scalar("<Q") for _ in range(n_axes))[::-1]
     number, offset = cursor.scalar("<I"), cursor.scalar("<Q")
-    kind, block, n_bytes = _layout(number, name)
+    kind, block, n_bytes = _layout(number, name, gguf)
     if prod(shape) == 0 or (shape and shape[-1] % block):
         raise ValueError(
             f"is damaged: its tensor {name!r} has shape {shape}, expected rows of a multiple of {block} numbers"
@@ -227,11 +228,10 @@ def _tensor(cursor: _Cursor) -> tuple[GGUFTensor, int, int]:
     return GGUFTensor(name, shape, kind), offset, prod(shape) // block * n_bytes
 
 
-def _layout(number: int, name: str) -> tuple[str, int, int]:
+def _layout(number: int, name: str, gguf: Any) -> tuple[str, int, int]:
     """How numbers of a type of ggml are stored: the type's name, numbers in a block, and bytes that a block takes."""
     import numpy as np
 
-    gguf = gguf_package("reading a GGUF file")
     try:
         kind = gguf.GGMLQuantizationType(number)
         block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
