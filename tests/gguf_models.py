@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,26 @@ MERGES = ("Ġ a", "a b", "Ġ b")
 TOKENS = (*SPECIAL, *LETTERS, *(merge.replace(" ", "") for merge in MERGES))
 
 
-def llama_tensors(tied: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
+def words_of(texts: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Tokens and merges of a vocabulary in which every word of some texts, with its space in front, is one token."""
+    words = sorted({f"Ġ{word}" for text in texts for word in re.findall("[A-Za-z]+", text)})
+    # Each word grows from its front, so that no word stands in the way of another.
+    grown = dict.fromkeys((w[:i], w[i]) for w in words for i in range(1, len(w)))
+    signs = sorted({c for w in words for c in w} | set(".,"))
+    tokens = dict.fromkeys((*SPECIAL, *signs, *(a + b for a, b in grown)))
+    return tuple(tokens), tuple(f"{a} {b}" for a, b in grown)
+
+
+def llama_tensors(
+    tied: bool = True, seed: int = 0, n_tokens: int = len(TOKENS)
+) -> dict[str, np.ndarray]:
     """The tensors of a model, by the names of GGUF; rows are outputs."""
     generator = np.random.default_rng(seed)
 
     def drawn(*shape: int) -> np.ndarray:
         return generator.normal(0, 1.5 / shape[-1] ** 0.5, shape).astype(np.float32)
 
-    made = {"token_embd.weight": drawn(len(TOKENS), WIDTH)}
+    made = {"token_embd.weight": drawn(n_tokens, WIDTH)}
     for i in range(N_LAYERS):
         at = f"blk.{i}"
         made |= {
@@ -39,12 +52,12 @@ def llama_tensors(tied: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
             f"{at}.ffn_down.weight": drawn(WIDTH, D_MLP),
         }
     made["output_norm.weight"] = 1 + 0.3 * drawn(WIDTH)
-    return made if tied else {**made, "output.weight": drawn(len(TOKENS), WIDTH)}
+    return made if tied else {**made, "output.weight": drawn(n_tokens, WIDTH)}
 
 
 def write_llama(
     path: Path, kind: str = "F32", tensors: Mapping[str, np.ndarray] | None = None, architecture: str = "llama",
-    begins_texts: bool | None = False,
+    begins_texts: bool | None = False, tokens: Sequence[str] = TOKENS, merges: Sequence[str] = MERGES,
 ) -> Path:  # fmt: skip
     """Write a model; its matrices quantised as `kind`, its norms in float32."""
     import gguf
@@ -52,16 +65,16 @@ def write_llama(
     writer: Any = gguf.GGUFWriter(path, architecture)
     for key, value in {
         "context_length": 64, "embedding_length": WIDTH, "block_count": N_LAYERS, "feed_forward_length": D_MLP,
-        "head_count": N_HEADS, "head_count_kv": N_GROUPS, "layer_norm_rms_eps": EPSILON, "vocab_size": len(TOKENS),
+        "head_count": N_HEADS, "head_count_kv": N_GROUPS, "layer_norm_rms_eps": EPSILON, "vocab_size": len(tokens),
         "rope_dimension_count": D_HEAD, "rope_freq_base": BASE,
     }.items():  # fmt: skip
         getattr(writer, f"add_{key}")(value)
     writer.add_name("tiny")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(list(TOKENS))
-    writer.add_token_types([3 if token in SPECIAL else 1 for token in TOKENS])
-    writer.add_token_merges(list(MERGES))
+    writer.add_token_list(list(tokens))
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    writer.add_token_merges(list(merges))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
@@ -69,7 +82,9 @@ def write_llama(
     if begins_texts is not None:
         writer.add_add_bos_token(begins_texts)
     wanted = gguf.GGMLQuantizationType[kind]
-    for name, tensor in (llama_tensors() if tensors is None else tensors).items():
+    for name, tensor in (
+        llama_tensors(n_tokens=len(tokens)) if tensors is None else tensors
+    ).items():
         own = wanted if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
         packed = gguf.quants.quantize(tensor, own)
         writer.add_tensor(name, packed, raw_dtype=own)
