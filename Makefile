@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/circuits demo $(ARGS)
+	$(BIN)/circuits demo $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 app: $(STAMP)
 	$(BIN)/circuits app $(ARGS)

@@ -908,6 +908,9 @@ models are tiny and random, so that nothing is right by accident: gains, biases 
 - a number: refused in one line, or given with what is missing: see the end of the page.
 - empty: it does not apply, or nothing was found that torch's hooks find too.
 - ✗: wrong, or a traceback.
+
+A model in a GGUF file (`gguf:PATH`), and `smollm2`, which is one, is a bridge of its family, here `llama`; that it
+computes what its file says is tested on its own (`tests/test_gguf.py`).
 """
 
 

@@ -1,23 +1,27 @@
-"""The default workspace: the built-in models on photographs and drawings, no network."""
+"""The default workspace: the built-in models on photographs and drawings, no network; and that of a language model."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from circuits.autoencoders import FILE, load_autoencoder
 from circuits.concepts import Name, import_names, name_by_attributes, names_of, pooled, save_names
+from circuits.discovery import discover, edge_graph
 from circuits.examples import Examples
 from circuits.families import find_families, save_family, saved_families
 from circuits.featurevis.render import visualize_units
 from circuits.featurevis.shipping import SHIPPED, unpack
-from circuits.files import write_json
+from circuits.files import keeping, replacing, write_json
+from circuits.graph.saved import load_circuit, save_circuit, saved_circuits
 from circuits.harvesting import harvest
 from circuits.json_files import read_json
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.fetching import Begin, fetch
 from circuits.models.zoo.loading import BUILTIN, load_model, record_of
 from circuits.models.zoo.weights_files import file_hash
 from circuits.progress import Progress
@@ -37,6 +41,9 @@ from circuits.sae import (
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import Source, batches, open_source
 from circuits.tables import by_reason
+from circuits.tasks.builtin import load_task
+from circuits.tasks.templates import TEMPLATES
+from circuits.units import unknown
 from circuits.workspace import ModelRecord, Workspace
 
 
@@ -128,6 +135,52 @@ PLANS = (
     ),
 )
 
+
+@dataclass(frozen=True)
+class LanguagePlan:
+    """What the demo computes for a language model that is fetched.
+
+    Attributes:
+        model: its name.
+        layers: those whose heads and neurons are recorded: some, since every site of 30 layers takes an hour.
+        behaviours: templates of `circuits.tasks.templates` that write the texts, one line each.
+        texts: how many of each.
+        task: whose circuit is found.
+        items: how many of the task, half of them to find the circuit and half to measure it.
+        size: edges of the circuit, with those that are on no path from input to output.
+        n_random: random circuits that it is compared with.
+        minutes: what everything but the circuit takes on two cores, and what the circuit takes.
+    """
+
+    model: str
+    layers: tuple[int, ...]
+    behaviours: tuple[str, ...]
+    texts: int
+    task: str
+    items: int
+    size: int
+    n_random: int
+    minutes: tuple[int, int]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """What is recorded: what heads put out before it is mixed, and neurons."""
+        return tuple(
+            f"blocks.{layer}.{part}"
+            for layer in self.layers
+            for part in ("attn.hook_z", "mlp.hook_post")
+        )
+
+
+LANGUAGE = {
+    "smollm2": LanguagePlan(
+        "smollm2", (0, 10, 15, 20, 25, 29),
+        ("indirect-object", "greater-than", "agreement", "pronouns", "capitals"), 48,
+        "indirect-object", 32, 200, 9, (3, 10),
+    ),
+}  # fmt: skip
+"""The demos of language models (`circuits demo --model NAME`). Of templates `docstring` is left out: it needs lines."""
+
 PICTURE_STEPS, PICTURE_SIZE = 96, 64
 
 
@@ -183,6 +236,105 @@ def build_first(
         # First, so that a folder without a readable image is refused at once.
         plan = replace(plan, data=(open_source(f"folder:{folder}").spec, *plan.data))
     return _build((plan,), workspace, progress)
+
+
+def build_language(
+    workspace: Workspace,
+    name: str,
+    circuit: bool = True,
+    begin: Begin = lambda _: None,
+    stage: Callable[[str], Progress | None] = lambda _: None,
+) -> list[Row]:
+    """Build what is missing of the workspace of a language model, which is fetched if it is not there.
+
+    Args:
+        workspace: where it is built.
+        name: the model, one of `LANGUAGE`.
+        circuit: whether the circuit is found too, which takes longest; work that is stopped goes on.
+        begin: called with what is fetched or converted now; returns what to call with how far it is.
+        stage: the same for what is computed.
+
+    Raises:
+        KeyError: if there is no demo of such a model.
+        ValueError, OSError, ImportError: as `circuits.models.zoo.fetching.fetch`.
+    """
+    plan = LANGUAGE.get(name)
+    if plan is None:
+        raise unknown("language model with a demo", name, list(LANGUAGE))
+    got = fetch(name, workspace, begin=begin)
+    rows = [Row(name, "weights", got.origin or "there already", str(got.folder))]
+    model = load_model(name)
+    record = record_of(name, None, model.identity)
+    path = _write_texts(model, plan, workspace)
+    rows.append(
+        _activations(
+            record, model, f"tokens:{path}", plan.sites, workspace, stage("record activations")
+        )
+    )
+    if circuit:
+        workspace.register(record, replace=False)
+        rows.append(_circuit(model, plan, workspace, stage))
+    return rows
+
+
+def is_language_built(workspace: Workspace, name: str) -> bool:
+    """Whether the circuit, the last part of a language model's demo, was found."""
+    hashes = [r.hash for r in workspace.models() if r.spec == name]
+    saved = {r.name for h in hashes for r in saved_circuits(workspace.database, h)}
+    return name in LANGUAGE and LANGUAGE[name].task in saved
+
+
+def _write_texts(model: HookedModel, plan: LanguagePlan, workspace: Workspace) -> Path:
+    """Texts of the package's own templates with their right answers, a line each, in a fixed order: seed 0.
+
+    They were written for this package and have its licence (Apache-2.0).
+    """
+    lines = []
+    for template in plan.behaviours:
+        for item in TEMPLATES[template](plan.texts, 0, model.input).items:
+            assert isinstance(item.clean, str), "templates write texts"
+            lines.append(f"{item.clean}{item.answers[0]}")
+    path = workspace.root / "texts" / f"{plan.model}-behaviours.txt"
+    text = "".join(f"{line}\n" for line in lines)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def _circuit(
+    model: HookedModel,
+    plan: LanguagePlan,
+    workspace: Workspace,
+    stage: Callable[[str], Progress | None],
+) -> Row:
+    """Find the circuit of the plan's task and save it under the task's name, unless there is one of that name."""
+    database, model_hash = workspace.database, model.hash
+    what = f"circuit of {plan.task}"
+    if plan.task in {r.name for r in saved_circuits(database, model_hash)}:
+        n = load_circuit(database, plan.task, model_hash).number_of_edges()
+        return Row(model.name, what, f"{n} edges, saved before", str(database.path))
+    task = load_task(model, plan.task, n=plan.items)
+    graph = edge_graph(model)
+    said = json.dumps([model_hash, task.hash, plan.size, plan.n_random])
+    folder = (
+        workspace.model_folder(model_hash)
+        / "discovery"
+        / hashlib.sha256(said.encode()).hexdigest()[:16]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    found = discover(
+        graph, task, "eap", search="top", size=plan.size, n_random=plan.n_random, n_curves=0, check=20, stage=stage,
+        keep=keeping(folder),
+    )  # fmt: skip
+    save_circuit(database, plan.task, found.circuit, "found by the demo")
+    f, by_chance = found.evaluation.faithfulness, found.evaluation.random_faithfulness
+    measured = found.evaluation.undefined or (
+        f"faithfulness {f.value:.2f} [{f.low:.2f}, {f.high:.2f}] on {len(task.test)} items that did not choose them; "
+        f"at most {max(by_chance):.2f} in {len(by_chance)} random circuits"
+    )
+    result = f"{found.circuit.number_of_edges()} of {len(graph)} edges (eap, seed 0): {measured}"
+    return Row(model.name, what, result, str(database.path))
 
 
 def _fingerprint() -> str:
@@ -250,10 +402,17 @@ def _shipped(model: HookedModel, workspace: Workspace) -> Row:
 
 
 def _activations(
-    record: ModelRecord, model: HookedModel, data: str, sites: Sequence[str], workspace: Workspace
+    record: ModelRecord,
+    model: HookedModel,
+    data: str,
+    sites: Sequence[str],
+    workspace: Workspace,
+    progress: Progress | None = None,
 ) -> Row:
     """Harvest a model on a dataset; what is there already is kept."""
-    store = harvest(model, open_source(data), sites, workspace, record, skip_bad=True)
+    store = harvest(
+        model, open_source(data), sites, workspace, record, skip_bad=True, progress=progress
+    )
     units = sum(s.n_units for s in store.provenance.sites)
     result = f"{len(store.provenance.examples) - len(store.skipped)} examples, {units} units"
     if store.skipped:

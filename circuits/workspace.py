@@ -6,6 +6,7 @@
                               /sheets/<site>-<how>/  neuron sheets
                               /graph.h5, graph/     the graph store
        saes/<name>/                                 autoencoders, and where their training stands
+       models/<name>/                               language models, converted from GGUF files
        workspace.db                                 what people wrote, with its history
        jobs/<id>/                                   work in the background
        natural-images/<dataset hash>-<shape>.safetensors   colours and spectrum of a dataset
@@ -265,6 +266,10 @@ class Workspace:
         folder, _, variant = name.partition("/")
         place = self.root / "saes" / folder
         return place / f"{variant}.safetensors" if variant else place
+
+    def converted_folder(self, name: str) -> Path:
+        """Where a language model is that was converted from another format."""
+        return self.root / "models" / name
 
     def natural_path(self, data_hash: str, shape: tuple[int, int, int]) -> Path:
         """Where the statistics of a dataset's images of a shape (channels, height, width) are kept."""

@@ -1,18 +1,27 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from circuits import demo
+from circuits.cli.main import run
+from circuits.environment import WORKSPACE
 from circuits.families import save_family, saved_families
+from circuits.graph import load_circuit
 from circuits.harvesting import find_stores
+from circuits.models.zoo import fetching
 from circuits.models.zoo.loading import load_model
+from circuits.models.zoo.weights_files import file_hash
 from circuits.sae import Hyperparameters, Schedule, load_evaluation
 from circuits.stimuli.sources import open_source
+from circuits.tasks.templates import indirect_objects
+from circuits.tasks.templates.words import NAMES, PLACES, THINGS
 from circuits.workspace import Workspace
+from tests.gguf_models import words_of, write_llama
 
 
 @pytest.fixture
@@ -88,6 +97,45 @@ def test_families_and_concepts_are_there_and_stay(monkeypatch, tmp_path: Path) -
     assert [r.what for r in demo.build(place)] == [r.what for r in rows]
     assert [f.name for f in saved_families(place.database, family.model_hash)] == ["mine"]
     assert path.read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore")  # other packages' own
+def test_a_language_model_is_fetched_recorded_and_its_circuit_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    monkeypatch.setenv(WORKSPACE, str(tmp_path / "ws"))
+    place = Workspace.default()
+    texts = [*indirect_objects.SENTENCES, *NAMES, *PLACES, *THINGS]
+    tokens, merges = words_of(t.replace("{", "").replace("}", "") for t in texts)
+    file = write_llama(tmp_path / "tiny.gguf", tokens=tokens, merges=merges)
+    known = replace(fetching.PUBLISHED["smollm2"], sha256=file_hash(file))
+    monkeypatch.setitem(fetching.PUBLISHED, "smollm2", known)
+    plan = replace(
+        demo.LANGUAGE["smollm2"], layers=(0, 1), behaviours=("indirect-object",), texts=6, items=8, size=20, n_random=3
+    )  # fmt: skip
+    monkeypatch.setitem(demo.LANGUAGE, "smollm2", plan)
+    fetching.fetch("smollm2", place, file)
+    first = demo.build_language(place, "smollm2", circuit=False)
+    assert (first[0].what, first[0].result) == ("weights", "there already")
+    assert first[1].result == f"6 examples, {2 * (4 + 64)} units"
+    lines = (place.root / "texts" / "smollm2-behaviours.txt").read_text().splitlines()
+    assert len(lines) == 6
+    assert all(line.rpartition(" ")[2] in NAMES for line in lines), "they end in their answers"
+    assert not demo.is_language_built(place, "smollm2")
+    assert run(["demo", "--model", "smollm2", "--no-serve"]) == 0
+    said = capsys.readouterr()
+    assert "the workspace of smollm2 takes about 3 minutes" in said.err
+    model = load_model("smollm2")
+    circuit = load_circuit(place.database, "indirect-object", model.hash)
+    assert 10 < circuit.number_of_edges() <= 20, "those on no path to the output are left out"
+    assert f"{circuit.number_of_edges()} of " in said.out
+    assert demo.is_language_built(place, "smollm2")
+    rows = demo.build_language(place, "smollm2")
+    assert rows[2].result == f"{circuit.number_of_edges()} edges, saved before"
+    assert run(["demo", "--model", "shapes", "--no-serve"]) == 2
+    assert "unknown language model with a demo 'shapes'" in capsys.readouterr().err
+    assert run(["demo", "--model", "smollm2", "--folder", "x", "--no-serve"]) == 2
+    assert "--folder 'x' is for images" in capsys.readouterr().err
 
 
 def test_plans_name_sites_that_exist() -> None:

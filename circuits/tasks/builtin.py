@@ -41,6 +41,7 @@ DEFAULTS: Mapping[str, str] = {
     "addition-by-hand": "addition",
     "modular-addition": "addition",
     "stories260k": "pronouns",
+    "smollm2": "indirect-object",
     "shapes": "classes",
     "cleanroom": "curves",
     "googlenet": "prediction",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from circuits.models.zoo.inception import googlenet, shapes
 from circuits.models.zoo.packages import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    converted,
     huggingface,
     refuse_weights,
     timm,
@@ -113,8 +115,8 @@ def load_model(
     Args:
         spec: a name that `circuits models` lists; `python:module:factory` (a function without required arguments
             that returns a `HookedModel`, or an `nn.Module` with an `input_shape`) or `FILE.py:FUNCTION`; `tl:NAME`,
-            `hf:NAME`, `torchvision:NAME` or `timm:NAME`. After it may come `+PATH` for each autoencoder to attach: a
-            file, its folder, or its name in the workspace (`googlenet+sae/curves`).
+            `gguf:PATH`, `hf:NAME`, `torchvision:NAME` or `timm:NAME`. After it may come `+PATH` for each autoencoder to
+            attach: a file, its folder, or its name in the workspace (`googlenet+sae/curves`).
         weights: a safetensors file, a `.pt` file of plain tensors, or `untrained` for random weights, which the
             model's name then says.
         seed: of untrained weights, 0 if not given; `weights="untrained:SEED"` is the same in one word.
@@ -270,8 +272,11 @@ def record_of(
     spec = _with_scheme(spec)
     scheme, _, rest = spec.partition(":")
     place, tower = split_key(rest) if scheme == "hf" else (rest, "")
-    if scheme in ("tl", "hf") and rest and Path(place).exists():  # a local folder
-        spec = ":".join([scheme, str(Path(place).resolve()), *([tower] if tower else [])])
+    # A local folder or file; what was fetched or converted is found by the workspace that is looked at.
+    if scheme in ("tl", "hf", "gguf") and rest and Path(place).expanduser().exists():
+        spec = ":".join(
+            [scheme, str(Path(place).expanduser().resolve()), *([tower] if tower else [])]
+        )
     chosen = parse_weights(weights)
     kept = str(chosen.resolve() if isinstance(chosen, Path) else chosen) if chosen else None
     return replace(ModelRecord.of(spec, model, kept), dtype=dtype)
@@ -501,6 +506,26 @@ def _stories260k(name: str, weights: Weights) -> HookedModel:
     return HookedModel(bridge, TokenInput(512, 512, words, bos=1, encoder=encoder), name)
 
 
+# --- converted: `circuits.models.zoo.converting`, which is imported when it is needed -------------
+
+
+def _smollm2(name: str, weights: Weights) -> HookedModel:
+    from circuits.models.zoo.fetching import fetched_folder
+
+    folder, begins_texts = fetched_folder(name, Workspace.default())
+    return converted(folder, name, weights, begins_texts)
+
+
+def _gguf(name: str, weights: Weights) -> HookedModel:
+    from circuits.models.zoo.converting import convert_gguf, read_source
+
+    spec = f"gguf:{name}"
+    folder = convert_gguf(spec)
+    again = f"delete {str(folder)!r} to have it made again"
+    stated = read_source(folder, f"model {spec!r}", again)
+    return converted(folder, spec, weights, bool(stated.get("begins_texts")))
+
+
 # --- by package: `circuits.models.zoo.packages` -------------------------------------------------
 
 
@@ -534,7 +559,7 @@ def _python(name: str, weights: Weights) -> HookedModel:
 
 
 MODELS: dict[str, ModelEntry] = {
-    entry.name.partition("NAME")[0].partition("MODULE")[0]: entry
+    re.split("NAME|MODULE|PATH", entry.name)[0]: entry
     for entry in (
         ModelEntry("cleanroom", "a curve detector written by hand, from Gabor filters to circles", _cleanroom),
         ModelEntry("shapes", "small inception-style CNN trained on drawings", _shapes),
@@ -549,11 +574,13 @@ MODELS: dict[str, ModelEntry] = {
         ),
         ModelEntry("googlenet", "GoogLeNet (BVLC), ImageNet; needs its weights file", _googlenet),
         ModelEntry("cifar10-resnet20", "ResNet-20, CIFAR-10; needs its weights file", _cifar10_resnet20),
+        ModelEntry("smollm2", "SmolLM2-135M-Instruct, a language model; `circuits fetch smollm2` gets it", _smollm2),
         ModelEntry("stories260k", "Llama-style language model, 5 layers; needs its weights file", _stories260k),
         ModelEntry("induction-infinite", "2-layer attention-only; needs its weights file", _induction_infinite),
         ModelEntry("modular-addition", "1 layer, addition mod 113; needs its weights file", _modular_addition),
         ModelEntry("python:MODULE:FACTORY", "your own: an importable function or FILE.py:FUNCTION", _python),
         ModelEntry("tl:NAME", "TransformerLens, by hub name or local folder", transformer_lens),
+        ModelEntry("gguf:PATH", "language model in a GGUF file, as llama.cpp has them; needs the extra `gguf`", _gguf),
         ModelEntry("hf:NAME", "Hugging Face image model, by hub name or local folder", huggingface),
         ModelEntry("torchvision:NAME", "classifiers and segmentation of torchvision, if it is installed", torchvision),
         ModelEntry("timm:NAME", "image models of timm, if it is installed", timm),

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from ssl import SSLError
 from typing import Any
@@ -18,6 +19,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from circuits.json_files import read_json
@@ -82,7 +84,7 @@ def _hub_answers(endpoint: str) -> bool:
 
 
 @contextmanager
-def _quiet(expected: bool) -> Iterator[None]:
+def quiet(expected: bool) -> Iterator[None]:
     """No progress bars of transformers but at terminals, and no report on a file's weights if it is `expected`."""
     from transformers.utils import logging as reports
 
@@ -99,7 +101,8 @@ def _quiet(expected: bool) -> Iterator[None]:
             reports.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another library says first; what kind it is if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -111,12 +114,12 @@ def transformer_lens(name: str, weights: Weights) -> HookedModel:
     """A language model as a TransformerLens bridge."""
     refuse_weights(f"tl:{name}", weights)
     try:
-        with one_try(Path(name).is_dir()), _quiet(expected=False):
+        with one_try(Path(name).is_dir()), quiet(expected=False):
             bridge = huggingface_bridge(
                 name, _stored_precision(name), not isinstance(weights, Untrained)
             )
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-        first = _first_line(error)
+        first = first_line(error)
         if Path(name).is_dir():
             reason = first.split(". ")[0]  # what follows is a list of a hundred names
             raise ValueError(
@@ -128,6 +131,34 @@ def transformer_lens(name: str, weights: Weights) -> HookedModel:
         ) from error
     spec = _tokens(bridge.tokenizer, bridge.cfg.d_vocab, bridge.cfg.n_ctx)
     return HookedModel(bridge, spec, f"tl:{name}")
+
+
+def converted(folder: Path, spec: str, weights: Weights, begins_texts: bool) -> HookedModel:
+    """A language model that was converted into a folder of the workspace, as a TransformerLens bridge.
+
+    Args:
+        folder: where it is.
+        spec: the model's name.
+        weights: none, or untrained ones.
+        begins_texts: whether the token that begins a text is put in front of each. Tokenizers name such a token also
+            where no text has it, so that they do not tell.
+
+    Raises:
+        ValueError: if TransformerLens has no bridge for it, or the folder is damaged.
+    """
+    refuse_weights(spec, weights)
+    try:
+        with one_try(local=True), quiet(expected=False):
+            bridge = huggingface_bridge(
+                str(folder), _stored_precision(str(folder)), not isinstance(weights, Untrained)
+            )
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, SafetensorError) as error:
+        reason = first_line(error).split(". ")[0]
+        raise ValueError(
+            f"model {spec!r}: what it was converted to, {str(folder)!r}, cannot be opened: {reason}"
+        ) from error
+    tokens = _tokens(bridge.tokenizer, bridge.cfg.d_vocab, bridge.cfg.n_ctx)
+    return HookedModel(bridge, tokens if begins_texts else replace(tokens, bos=None), spec)
 
 
 def _stored_precision(name: str) -> torch.dtype:
@@ -179,7 +210,7 @@ def huggingface(name: str, weights: Weights) -> HookedModel:
     with one_try(Path(place).is_dir()):
         config = _configuration(name, place)
         kind = _class_of(name, place, config, tower)
-        with _quiet(expected=bool(tower)):
+        with quiet(expected=bool(tower)):
             module = _pretrained(name, place, kind, _of_tower(config, tower), weights, tower)
         if kind.main_input_name == "input_ids":
             spec = _text_input(place, module.config)
@@ -201,11 +232,11 @@ def _configuration(name: str, place: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         if Path(place).is_dir():
             raise ValueError(
-                f"model 'hf:{name}' is a folder whose config.json cannot be used: {_first_line(error)}"
+                f"model 'hf:{name}' is a folder whose config.json cannot be used: {first_line(error)}"
             ) from error
         raise FileNotFoundError(
             f"model 'hf:{name}' could not be loaded: it is neither a local folder nor available from "
-            f"the Hugging Face hub ({_first_line(error)}); language models load as tl:{place}"
+            f"the Hugging Face hub ({first_line(error)}); language models load as tl:{place}"
         ) from error
 
 
@@ -266,7 +297,7 @@ def _pretrained(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"model 'hf:{name}': its weights could not be loaded ({_first_line(error)})"
+            f"model 'hf:{name}': its weights could not be loaded ({first_line(error)})"
         ) from error
     # What the file lacks has been filled with random numbers, about which transformers only logs.
     lacking = sorted([*found["missing_keys"], *(str(m[0]) for m in found["mismatched_keys"])])
@@ -291,7 +322,7 @@ def _text_input(place: str, config: Any) -> TokenInput:
         log.warning(
             "model hf:%s comes without a tokenizer, so that tokens are numbers: %s",
             place,
-            _first_line(error),
+            first_line(error),
         )
         tokenizer = None
     return _tokens(tokenizer, config.vocab_size, config.max_position_embeddings)
@@ -337,7 +368,7 @@ def _optional(package: str, module: str, spec: str) -> Any:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:
         raise ImportError(
-            f"model {spec!r} needs {package}, which cannot be imported here ({_first_line(error)}): install it with "
+            f"model {spec!r} needs {package}, which cannot be imported here ({first_line(error)}): install it with "
             f"`pip install {package}`, in the build that matches your torch"
         ) from error
 
@@ -432,7 +463,7 @@ def timm(name: str, weights: Weights) -> HookedModel:
             module = zoo.create_model(name, pretrained=weights is None)
     except Exception as error:
         raise FileNotFoundError(
-            f"model {spec!r} needs its weights: they could not be downloaded ({_first_line(error)}); pass --weights "
+            f"model {spec!r} needs its weights: they could not be downloaded ({first_line(error)}); pass --weights "
             "FILE, or --weights untrained for random ones"
         ) from error
     if isinstance(weights, Path):

@@ -1,0 +1,368 @@
+"""GGUF files as folders of the workspace that every loader of language models opens: converted once, then kept.
+
+`transformers` unpacks the quantised numbers, undoes the order that llama.cpp gives the rows of queries and keys, and
+makes the tokenizer. What it makes is written as float32 with its configuration, and `source.json`, which says what it
+was made from. A folder is made under another name and renamed when it is whole: a process that is killed leaves nothing
+that is taken for a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from circuits.environment import WORKSPACE
+from circuits.files import write_json
+from circuits.json_files import read_json
+from circuits.locks import held
+from circuits.models.zoo.gguf_files import INSTALL, GGUFHeader, gguf_package, read_header
+from circuits.models.zoo.packages import first_line, one_try, quiet
+from circuits.models.zoo.weights_files import file_hash
+from circuits.progress import Progress
+from circuits.tensors import write_tensors
+from circuits.workspace import DIGITS, Workspace
+
+log = logging.getLogger(__name__)
+
+SOURCE = "source.json"
+"""The file of a converted folder that says what it was made from; it is there if the folder is whole."""
+
+WEIGHTS = "model.safetensors"
+
+COPIES = 2.2
+"""How many floats of 4 bytes are in memory for each number of a file while it is converted (measured: SmolLM2)."""
+
+RESERVE = 50_000_000
+"""Bytes on disk that are kept free for the tokenizer and for whatever else is written."""
+
+PATIENCE = 900.0
+"""Seconds for which to wait for another process that converts the same file."""
+
+_FAULTS = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, IndexError, AttributeError, ArithmeticError, AssertionError,
+    NotImplementedError,
+)  # fmt: skip
+"""What transformers and gguf raise for files that they cannot use."""
+
+
+def memory_needed(header: GGUFHeader) -> int:
+    """Bytes of memory that converting a file takes, about."""
+    return round(4 * COPIES * header.n_numbers)
+
+
+def disk_needed(header: GGUFHeader) -> int:
+    """Bytes on disk that the converted folder takes, at most."""
+    return 4 * header.n_numbers + RESERVE
+
+
+def cost(header: GGUFHeader) -> str:
+    """What converting a file takes, in words."""
+    return (
+        f"{_size(memory_needed(header))} of memory while it is converted to float32, and {_size(disk_needed(header))} "
+        "on disk"
+    )
+
+
+def gguf_folder(path: Path, place: Workspace) -> Path:
+    """Where a GGUF file is converted to: named by the file's SHA-256, so that a copy elsewhere is the same model."""
+    return place.converted_folder(f"gguf-{_remembered_hash(path, place)[:DIGITS]}")
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder holds a whole converted model."""
+    return (folder / SOURCE).is_file()
+
+
+def read_source(folder: Path, what: str, again: str) -> dict[str, Any]:
+    """What a converted folder says it was made from, once its files are seen to be as long as they were.
+
+    Args:
+        folder: the folder.
+        what: its name in error messages.
+        again: what to do to have it made again, for messages.
+
+    Raises:
+        ValueError: if a file was changed, or is missing.
+    """
+    stated = read_json(folder / SOURCE)
+    sizes = stated.get("files") if isinstance(stated, dict) else None
+    if not isinstance(sizes, dict) or WEIGHTS not in sizes:
+        raise ValueError(f"{what}: {str(folder / SOURCE)!r} is damaged: {again}")
+    for name, expected in sizes.items():
+        path = folder / Path(name).name
+        found = path.stat().st_size if path.is_file() else None
+        if found != expected:
+            has = "is missing" if found is None else f"has {found} bytes, expected {expected}"
+            raise ValueError(f"{what}: {str(path)!r} {has}: {again}")
+    return stated
+
+
+def convert(
+    path: Path, folder: Path, what: str, about: Mapping[str, Any], progress: Progress | None = None
+) -> bool:
+    """Convert a GGUF file into a folder, unless that is done.
+
+    Args:
+        path: the file.
+        folder: where to; its parent may hold a hidden lock and a hidden folder of the same name while it is made.
+        what: its name in error messages.
+        about: what else `source.json` is to say, such as the package that the file came in.
+        progress: called with how many tensors are unpacked, and how many there are.
+
+    Returns:
+        Whether it was converted now; another process may have been faster.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ImportError: if the package gguf is not installed.
+        ValueError: if it is no whole GGUF file, of an architecture or quantisation that is not known, or lacks weights.
+        OSError: if there is not enough free memory or space, or the workspace cannot be written.
+        BlockingIOError: if another process has been converting it for longer than `PATIENCE`.
+    """
+    header = read_header(path, what)
+    gguf_package(what)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.parent / f".{folder.name}.lock"
+    with held(lock, f"{what} is being converted by another process", PATIENCE):
+        if is_converted(folder):
+            return False
+        check_room(header, folder.parent, what)
+        made = folder.parent / f".{folder.name}.tmp"
+        remove(made)  # what is left of a process that was killed: whoever lives has the lock
+        made.mkdir()
+        try:
+            stated = _write(path, header, made, what, progress)
+            sizes = {p.name: p.stat().st_size for p in sorted(made.iterdir())}
+            write_json(made / SOURCE, {**about, **stated, "files": sizes})
+            _flush(made)
+            remove(folder)  # damaged: it has no source.json
+            made.rename(folder)
+        finally:
+            remove(made)
+    return True
+
+
+def convert_gguf(
+    spec: str,
+    progress: Progress | None = None,
+    begin: Callable[[str], object] | None = None,
+) -> Path:
+    """Convert the file of a model `gguf:PATH` into the workspace, unless that is done; loading it does so too.
+
+    Args:
+        spec: the model's name.
+        progress: called with how many of the file's tensors are unpacked, and how many there are.
+        begin: called with what converting takes, in words, if it is to be done now.
+
+    Returns:
+        The folder in the workspace.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError, OSError: as `convert`.
+    """
+    what, path = f"model {spec!r}", Path(spec.removeprefix("gguf:")).expanduser()
+    if not path.is_file() or not is_converted(gguf_folder(path, Workspace.default())):
+        header = read_header(path, what)
+        if begin:
+            begin(f"{what} is converted once: {cost(header)}")
+        folder = gguf_folder(path, Workspace.default())
+        convert(path, folder, what, {"path": str(path.resolve())}, progress)
+    return gguf_folder(path, Workspace.default())
+
+
+def check_room(header: GGUFHeader, folder: Path, what: str) -> None:
+    """Raise unless there is memory to convert a file, and space in a folder for the result.
+
+    Raises:
+        OSError: if there is too little space, or too little free memory, as far as the machine says how much there is.
+    """
+    free = free_memory()
+    if free is not None and free < memory_needed(header):
+        # No MemoryError: of one, people are told to take fewer inputs.
+        raise OSError(
+            f"{what} needs {_size(memory_needed(header))} of memory to be converted ({header.n_numbers} numbers), and "
+            f"{_size(free)} are free: end other programs, or convert it on a larger machine"
+        )
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if (space := shutil.disk_usage(there).free) < disk_needed(header):
+        raise OSError(
+            f"{what} needs {_size(disk_needed(header))} in {str(folder)!r}, and {_size(space)} are free: name another "
+            f"workspace with --workspace or {WORKSPACE}"
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that are free or can be made so; None where the kernel does not say (no Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = next((line.split() for line in lines if line.startswith("MemAvailable:")), None)
+    return None if found is None else int(found[1]) * 1024
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
+
+
+def _write(
+    path: Path, header: GGUFHeader, made: Path, what: str, progress: Progress | None
+) -> dict[str, Any]:
+    """Write weights, configuration and tokenizer into a folder; returns what is to be noted of it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    # A folder of its own: transformers looks next to the file for other files, which are none of the model's.
+    alone = made / "gguf"
+    alone.mkdir()
+    name = "model.gguf"
+    (alone / name).symlink_to(path.resolve())
+    try:
+        with _by_transformers(what, header), _counted(progress):
+            config: Any = AutoConfig.from_pretrained(
+                alone, gguf_file=name, trust_remote_code=False, local_files_only=True
+            )
+            _check_size(config, header, what)
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                alone, gguf_file=name, trust_remote_code=False, local_files_only=True
+            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                alone, gguf_file=name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False,
+                local_files_only=True,
+            )  # fmt: skip
+            module, found = loaded
+        if lacking := sorted(map(str, found["missing_keys"])):
+            raise ValueError(
+                f"{what}: {str(path)!r} lacks {len(lacking)} weights of {type(module).__name__}, the first of them "
+                f"{lacking[0]!r}"
+            )
+        write_tensors(made / WEIGHTS, _untied(module), {"format": "pt"})
+        settings = module.config.to_dict()
+        for passing in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+            settings.pop(passing, None)
+        settings["architectures"] = [type(module).__name__]
+        write_json(made / "config.json", settings)
+        tokenizer.save_pretrained(made)
+    finally:
+        remove(alone)
+    return {
+        "file": {"bytes": header.size, "sha256": file_hash(path)},
+        "architecture": header.architecture,
+        "kinds": header.kinds,
+        "begins_texts": header.begins_texts,
+        "made_by": {package: version(package) for package in ("gguf", "transformers", "torch")},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _check_size(config: Any, header: GGUFHeader, what: str) -> None:
+    """Raise ValueError if the model that a file describes has far more weights than the file, before it is made."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    wanted = sum(p.numel() for p in module.parameters())
+    if wanted > 1.01 * header.n_numbers:
+        raise ValueError(
+            f"{what}: its file describes a {type(module).__name__} of {wanted} weights and holds {header.n_numbers} "
+            "numbers: expected a file with all weights of the model"
+        )
+
+
+def _untied(module: Any) -> dict[str, Any]:
+    """The weights of a module by name, each once: a tied one has its first name."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    kept = {}
+    for name, tensor in module.state_dict().items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if place not in seen:
+            kept[name] = tensor
+        seen.add(place)
+    return kept
+
+
+@contextmanager
+def _by_transformers(what: str, header: GGUFHeader) -> Iterator[None]:
+    """Say in one line what transformers makes of a file; nothing is looked for on the hub."""
+    import transformers
+
+    try:
+        with one_try(local=True), quiet(expected=True):
+            yield
+    except ImportError as error:
+        raise ImportError(f"{what} needs a package ({first_line(error)}): {INSTALL}") from error
+    except _FAULTS as error:
+        if isinstance(error, ValueError) and what in str(error):
+            raise  # it is our own
+        raise ValueError(
+            f"{what} of architecture {header.architecture!r} cannot be converted by transformers "
+            f"{transformers.__version__}: {first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _counted(progress: Progress | None) -> Iterator[None]:
+    """Report the tensors that transformers unpacks, in the place of its own bar on stderr."""
+    unpacking: Any = import_module("transformers.modeling_gguf_pytorch_utils")
+    before = unpacking.tqdm
+
+    def counted(items: Any, *_: Any, **__: Any) -> Iterator[Any]:
+        total = len(items)
+        for done, item in enumerate(items):
+            if progress:
+                progress(done, total)
+            yield item
+        if progress:
+            progress(total, total)
+
+    unpacking.tqdm = counted
+    try:
+        yield
+    finally:
+        unpacking.tqdm = before
+
+
+def _flush(folder: Path) -> None:
+    """Have the files of a folder on the disk before the folder has its name."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (never what it leads to) or a folder of this module's, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+def _remembered_hash(path: Path, place: Workspace) -> str:
+    """SHA-256 of a file, which is computed again only if the file's size or time of change is another."""
+    whole = path.resolve()
+    stat = whole.stat()
+    known = hashlib.sha256(str(whole).encode()).hexdigest()[:DIGITS]
+    note = place.converted_folder("hashes") / f"{known}.json"
+    facts = {"path": str(whole), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    try:
+        noted = read_json(note)
+        if {key: noted[key] for key in facts} == facts and len(noted["sha256"]) == 64:
+            return noted["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not hashed before, or by a process that was stopped
+    found = file_hash(whole)
+    try:
+        write_json(note, {**facts, "sha256": found})
+    except OSError as error:  # a workspace that cannot be written may still be read
+        log.debug("the hash of %s is not kept: %s", whole, error)
+    return found
