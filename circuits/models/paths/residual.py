@@ -154,6 +154,7 @@ class Stream:
     splits: tuple[Split, ...] = ()
     scales: tuple[tuple[float, float], ...] = ()
     _norms: dict[nn.Module, Norm] = field(default_factory=dict, repr=False)
+    _modules: dict[tuple[NormName, int], nn.Module | None] = field(default_factory=dict, repr=False)
     _reaching: dict[Receiver, Tensor] = field(default_factory=dict, repr=False)
     _writers: dict[tuple[int, Writing], Writers] = field(default_factory=dict, repr=False)
 
@@ -245,7 +246,10 @@ class Stream:
 
     def norm(self, name: NormName, layer: int = 0) -> nn.Module | None:
         """A norm of a layer; None if it has none."""
-        return self.parts.norm(name, layer)
+        key = name, layer
+        if key not in self._modules:
+            self._modules[key] = self.parts.norm(name, layer)
+        return self._modules[key]
 
     def measured(self, module: nn.Module) -> Norm:
         """What a normalisation does; it is measured once."""

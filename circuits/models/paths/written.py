@@ -161,20 +161,28 @@ class _Block:
         made = self.values.new_zeros(len(own), own.shape[2], *self.values.shape[2:])
         flat, used = made.flatten(2), (signed != 0).any(2)
         if len(self.values) == 1:
-            some = used.any(0)
-            if some.any():
+            if used.any():
+                some = self._chosen(rows, used.any(0))
                 weights = own[:, some].transpose(1, 2).flatten(0, 1)
                 torch.mm(weights, self._of(0, rows[some]), out=flat.view(len(weights), -1))
         else:
             for i, one in enumerate(index.tolist()):
-                some = used[i]
-                if some.any():
+                if used[i].any():
+                    some = self._chosen(rows, used[i])
                     torch.mm(own[i, some].T, self._of(one, rows[some]), out=flat[i])
         if most.any():
             total = self._sum(rows)
             for i, k in most.nonzero().tolist():
                 made[i, k] += total[0 if len(total) == 1 else int(index[i])]
         return made
+
+    @staticmethod
+    def _chosen(
+        rows: Int[Tensor, " sender"], used: Bool[Tensor, " sender"]
+    ) -> Bool[Tensor, " sender"]:
+        """The rows that are read: those that are used or, if they are many, all, so that none has to be copied."""
+        together = int(rows[-1] - rows[0]) + 1 == len(rows)
+        return torch.ones_like(used) if together and 4 * int(used.sum()) > len(used) else used
 
     def _of(self, number: int, rows: Int[Tensor, " sender"]) -> Float[Tensor, "sender number"]:
         """The changes of some senders in a set; copied only if they do not follow one another."""
