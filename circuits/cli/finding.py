@@ -87,10 +87,11 @@ class Evidence:
         "--shuffled",
     )] = False  # fmt: skip
     random: Random = N_RANDOM
-    rankings: Annotated[int, option(
-        "How many random rankings of all edges to compare the curve by size with.", "--random-rankings",
-        check=Within(0),
-    )] = 10  # fmt: skip
+    rankings: Annotated[int | None, option(
+        "How many random rankings of all edges to compare the curve by size with. By default 10, or 3 if there are "
+        "more than 10,000 edges.",
+        "--random-rankings", check=Within(0),
+    )] = None  # fmt: skip
     other: Other = ""
     truth: Annotated[str, option(
         "A saved circuit whose edges are known to be true, to see how well the scores find them. Of models with "

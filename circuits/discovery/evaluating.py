@@ -50,10 +50,23 @@ FAITHFUL = 0.9
 _EVERY = 100
 """Graphs of at most this many edges are evaluated at every size."""
 
-_STEPS_PER_DECADE = 10
+MANY = 10_000
+"""Of graphs with more edges than this fewer sizes and random rankings are evaluated: each takes a pass of the model."""
 
-_DENSE = 1000
-"""Up to this size, the smallest faithful circuit is found among all sizes."""
+
+def _dense(n_edges: int) -> int:
+    """Up to which size the smallest faithful circuit is found among all sizes."""
+    return 1000 if n_edges <= MANY else 100
+
+
+def usual_curves(n_edges: int) -> int:
+    """How many random rankings a ranking of a graph's edges is compared with, unless it is said otherwise.
+
+    >>> usual_curves(500), usual_curves(70_000)
+    (10, 3)
+    """
+    return 10 if n_edges <= MANY else 3
+
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -61,13 +74,16 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 def ladder(n_edges: int) -> tuple[int, ...]:
     """The sizes at which circuits are evaluated: all of a small graph, else ten in each factor of ten.
 
+    Of more than 10,000 edges they are five in each factor of ten.
+
     >>> ladder(5), ladder(150)[-4:]
     ((1, 2, 3, 4, 5), (79, 100, 126, 150))
     """
     if n_edges <= _EVERY:
         return tuple(range(1, n_edges + 1))
-    steps = range(int(np.ceil(np.log10(n_edges) * _STEPS_PER_DECADE)))
-    return tuple(sorted({*(round(10 ** (k / _STEPS_PER_DECADE)) for k in steps), n_edges}))
+    decade = 10 if n_edges <= MANY else 5
+    steps = range(int(np.ceil(np.log10(n_edges) * decade)))
+    return tuple(sorted({*(round(10 ** (k / decade)) for k in steps), n_edges}))
 
 
 def log_mean(sizes: Sequence[int], values: Float[np.ndarray, " size"]) -> float:
@@ -152,8 +168,8 @@ class Evaluation:
         curve: the ranking's faithfulness by size; None for a circuit without a ranking.
         random_curves: those of random rankings.
         on_find: the circuit's faithfulness on the `find` half, where it was found; NaN if it was not measured.
-        smallest: the smallest size at which f is at least 0.9, among the sizes of the curve and, up to 1,000, all those
-            between it and the one before; None if there is none.
+        smallest: the smallest size at which f is at least 0.9, among the sizes of the curve and, up to 1,000 (100 of
+            more than 10,000 edges), all those between it and the one before; None if there is none.
         ablation: what edges outside the circuit carry.
         clusters: a number for each example, shared by those that are not independent.
         record: model, task, seed and versions.
@@ -478,7 +494,7 @@ def _smallest(
         return None
     first = int(enough.argmax())
     sizes = range(curve.sizes[first - 1] + 1 if first else 1, curve.sizes[first])
-    if not sizes or curve.sizes[first] > _DENSE:
+    if not sizes or curve.sizes[first] > _dense(len(order)):
         return curve.sizes[first]
     values = values_of(runs, _firsts(runs.graph, order, sizes))
     skipped = share_of_effect(values.mean(1), empty, full)
@@ -505,7 +521,7 @@ def evaluate(
     ablation: Ablation = "counterpart",
     shift: int = 0,
     n_random: int = N_RANDOM,
-    n_curves: int = 10,
+    n_curves: int | None = None,
     batch: int = BATCH,
     memory: int = MEMORY,
     seed: int = 0,
@@ -526,7 +542,7 @@ def evaluate(
         ablation: what the other edges carry; with `optimal` constants that are learned for the circuit on `find`.
         shift: as in `score_edges`.
         n_random: how many random circuits of the same size it is compared with.
-        n_curves: how many random rankings the curve is compared with.
+        n_curves: how many random rankings the curve is compared with; 10 if None, or 3 of more than 10,000 edges.
         batch: examples per batch.
         memory: a rough limit for one pass, in bytes.
         seed: of random circuits and intervals.
@@ -563,6 +579,7 @@ def evaluate(
     sizes, rankings = (), Masks(n)
     if scores is not None:
         sizes = ladder(n)
+        n_curves = usual_curves(n) if n_curves is None else n_curves
         rankings = _rankings(graph, scores.order(ranking), sizes, n_curves, rng)
     groups = [Masks(n, [*extremes(n), kept, ~kept]), Masks(n, more.values()), randoms, rankings]
     values = values_of(runs, sum(groups, Masks(n)), progress, keep)

@@ -75,7 +75,7 @@ def discover(
     check_on: CheckOn = "find",
     pruning_steps: int | None = None,
     n_random: int = N_RANDOM,
-    n_curves: int = 10,
+    n_curves: int | None = None,
     pairs: int = 0,
     alternatives: int = 0,
     other: Mapping[str, Mask] | None = None,
@@ -109,7 +109,7 @@ def discover(
         check_on: the half of the examples on which they are patched.
         pruning_steps: of the search `pruning`: how often its mask is changed; 300 if None.
         n_random: how many random circuits the circuit is compared with.
-        n_curves: how many random rankings its curve is compared with.
+        n_curves: how many random rankings its curve is compared with; 10 if None, or 3 of more than 10,000 edges.
         pairs: how many of the strongest edges are patched two at a time (`pair_edges`); 0 for none, at least 2.
         alternatives: how many further circuits are looked for that are as good and share little with it.
         other: further circuits to compare with, such as another task's, by what they are.
@@ -126,7 +126,7 @@ def discover(
     """
     _check_choices(graph, method, search, size, threshold, ranking, pruning_steps, check_on)
     _check_counts(
-        memory, pairs, n_random=n_random, n_curves=n_curves, alternatives=alternatives, seed=seed, check=check or 0
+        memory, pairs, n_random=n_random, n_curves=n_curves or 0, alternatives=alternatives, seed=seed, check=check or 0
     )  # fmt: skip
     if ablation == "optimal":
         _check_optimal(search, alternatives)
@@ -309,7 +309,7 @@ class _Finding:
         return found, tuple(notes)
 
     def evaluated(
-        self, kept: Mask, others: Mapping[str, Mask], n_random: int, n_curves: int
+        self, kept: Mask, others: Mapping[str, Mask], n_random: int, n_curves: int | None
     ) -> Evaluation:
         """How good the circuit is on the `test` half."""
         settings: dict[str, Any] = self.settings | {"ablation": self.ablation}
