@@ -20,7 +20,8 @@ The authors' code runs in an environment of its own (see `benchmarks/peer_eap_ig
     sed -i "s/device='cuda'/device='cpu'/" /tmp/eap/src/eap/*.py
     python -m benchmarks.peer_eap_ig --peer /tmp/eapenv/bin/python --source /tmp/eap/src
 
-`--fixture FILE` writes the peer's scores, rounded, for `tests/test_peer_scores.py`.
+`--smollm2` does the same with the real weights of `smollm2` and pairs of the indirect-object task, EAP-IG over inputs
+alone. `--fixture FILE` writes the peer's scores, rounded, for `tests/test_peer_scores.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,10 @@ from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.paths.contributions import written_change
+from circuits.models.zoo.loading import load_model
 from circuits.tasks import Question, Task, as_metric
+from circuits.tasks.builtin import load_task
+from circuits.workspace import Workspace
 
 STEPS = 5
 
@@ -170,6 +174,43 @@ def case(family: str, shape: Shape = SMALL, seed: int = 0) -> Case:
     return Case(model, task, given)
 
 
+def real(n: int) -> Case:
+    """`smollm2` on pairs of one length of the indirect-object task, with the difference of the two names' logits."""
+    model = load_model("smollm2")
+    task = max(load_task(model, "indirect-object", n=4 * n).batches(n), key=lambda b: len(b.inputs))
+    counterparts, places = task.counterparts, task.places(task.inputs.shape[1])
+    assert counterparts is not None, "the task has some"
+    weights = torch.zeros(len(task.inputs), model.input.n_vocab)  # type: ignore[union-attr]
+    rows = torch.arange(len(weights))
+    weights[rows, places.wanted[:, 0]] = 1
+    weights[rows, places.against[:, 0]] = -1
+
+    def metric(logits: Tensor) -> Tensor:
+        return (logits[:, -1] * weights.to(logits)).sum(-1)
+
+    asked = (Question((task.inputs.shape[1] - 1,)),) * len(weights)
+    source, other = (Examples.given(model, tokens) for tokens in (task.inputs, counterparts))
+    own = Task("pairs", source, asked, as_metric(metric), counterparts=other)
+    folder = Workspace.default().converted_folder("smollm2")
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ours, hooked = _common(Shape(30, 9, 3, 576, 49152, *task.inputs.shape))
+    more = {
+        "intermediate_size": 1536, "rms_norm_eps": module.config.rms_norm_eps, "tie_word_embeddings": True,
+        "rope_theta": 100000.0,
+    }  # fmt: skip
+    changed = {
+        "d_mlp": 1536,
+        "eps": module.config.rms_norm_eps,
+        "rotary_base": 100000,
+        "act_fn": "silu",
+    }
+    given = {
+        "family": "llama", "config_class": "LlamaConfig", "config": ours | more, "hooked_config": hooked | changed,
+        "weights": module.state_dict(), "clean": task.inputs, "corrupted": counterparts, "metric": weights,
+    }  # fmt: skip
+    return Case(model, own, given)
+
+
 # --- ours --------------------------------------------------------------------------------------------
 
 
@@ -182,7 +223,7 @@ class BeforeNorm(StreamGraph):
         stream = self.stream
         sites = dict.fromkeys(stream.output_site(s) for s in stream.senders if s.kind != "bias")
         made = [
-            written_change(stream, s, clean[s][None], other[s][None])[0].movedim(2, 1)
+            written_change(stream, s, clean[s][None], other[s][None])[0].transpose(0, 1)
             for s in sites
         ]
         return torch.cat(made, 1)
@@ -285,22 +326,25 @@ def agreement(found: Case, theirs: Peer) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def times(found: Case, theirs: Peer, rounds: int) -> Iterator[dict[str, Any]]:
+def times(
+    found: Case, theirs: Peer, rounds: int, methods: Iterable[str] = METHODS
+) -> Iterator[dict[str, Any]]:
     """Seconds of both by method, in turns after a first round that does not count."""
     graph = StreamGraph(found.model, "head")
-    for method in METHODS:
+    for method in methods:
         own, other = list[float](), list[float]()
         for n in range(rounds + 1):
             start = time.process_time()
-            ours(found, graph, method)
+            scores = ours(found, graph, method)
             taken = time.process_time() - start
-            _, seconds = theirs.scores(method)
+            peers, seconds = theirs.scores(method)
             if n:
                 own.append(taken)
                 other.append(seconds)
         ratio = statistics.median(a / b for a, b in zip(own, other, strict=True))
         yield {
             "method": method, "ours": statistics.median(own), "peer": statistics.median(other), "ratio": ratio,
+            "difference": difference(named_scores(graph, scores), peers),
         }  # fmt: skip
 
 
@@ -313,11 +357,20 @@ def main() -> None:
         "--rounds", type=int, default=5, help="of measuring time; 0 for agreement alone"
     )
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument(
+        "--smollm2", type=int, default=0, help="how many pairs of it; no families then"
+    )
     parser.add_argument("--fixture", help="write the peer's scores of the small cases to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     kept: dict[str, dict[str, dict[str, float]]] = {}
+    if args.smollm2:
+        largest = real(args.smollm2)
+        with peer(args.peer, args.source, largest) as theirs:
+            rows = list(times(largest, theirs, args.rounds, ["EAP-IG-inputs"]))
+        print(json.dumps({"name": "peer_eap_ig smollm2", "n": len(largest.task), "found": rows}))
+        return
     for family in args.families:
         small = case(family)
         with peer(args.peer, args.source, small) as theirs:

@@ -67,7 +67,9 @@ def main() -> None:
     weights = case["metric"]
 
     def metric(logits: torch.Tensor, *_: Any) -> torch.Tensor:
-        return (logits[:, -1] @ weights).sum()
+        # The same weights for all texts, or a row for each.
+        own = weights if weights.ndim == 2 else weights[None]
+        return (logits[:, -1] * own).sum()
 
     real = json.dumps({name: list(edge.matrix_index) for name, edge in graph.edges.items()})
     print(json.dumps({"edges": json.loads(real)}), flush=True)
