@@ -81,7 +81,7 @@ def test_what_a_neuron_and_the_stream_write_is_said_in_words(built: Workspace, m
         assert lowers["by"].is_monotonic_increasing
         assert raises["by"].iloc[0] > lowers["by"].iloc[0]
         assert set(raises["raises"]) <= set(load_model(spec).input.vocabulary)  # type: ignore[union-attr]
-    assert "Over all 31 tokens" in text(test)
+    assert "the mean over all 31 tokens" in text(test)
 
 
 def test_a_person_types_a_text(built: Workspace, monkeypatch) -> None:

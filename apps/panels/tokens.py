@@ -184,13 +184,14 @@ def logits_panel(look: Look) -> None:
     if cached.writes_logits(look.model, site):
         st.subheader("What it adds to logits")
         values = cached.logits_by(look.model, look.unit)
+        mean = values.mean().item()
         most, least = st.columns(2)
         for column, title, largest in ((most, "raises", True), (least, "lowers", False)):
-            column.dataframe(_words(look, values, title, largest), hide_index=True)
+            column.dataframe(_words(look, values - mean, title, largest), hide_index=True)
         st.caption(
             "Per unit of activation, directly, by the weights alone (W_out W_U, without the division by the norm of "
-            f"the stream). Over all {len(values):,} tokens: mean {values.mean().item():+.3g}, standard deviation "
-            f"{values.std().item():.3g}."
+            f"the stream), against the mean over all {len(values):,} tokens, {mean:+.3g}: what is added to all of them "
+            f"changes no probability. Standard deviation over tokens: {values.std().item():.3g}."
         )
     elif site.kind in ("head", "pattern") and shown_pattern(look.model, look.unit) is not None:
         _pairs(look, spec.n_vocab)
@@ -204,7 +205,7 @@ def _pairs(look: Look, n: int) -> None:
         st.caption("Its output is at no site, so its weights are not known by head.")
         return
     if n > MANY and not st.toggle(
-        f"Go through all {n:,} × {n:,} pairs of tokens (some 20 seconds)", key="all-pairs"
+        f"Go through all {n:,} × {n:,} pairs of tokens (about half a minute)", key="all-pairs"
     ):
         return
     offset = int(
