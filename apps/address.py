@@ -17,8 +17,10 @@ import streamlit as st
 from apps import cached
 from circuits import errors
 from circuits.checks import seen
+from circuits.figures.charts import short
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.units import Unit
+from circuits.models.adapter.inputs import TokenInput
+from circuits.units import Site, Unit
 from circuits.workspace import ModelRecord
 
 TROUBLE = (ValueError, KeyError, OSError, ImportError)
@@ -28,8 +30,8 @@ AGAIN = "run again for what was recalled"
 """In a session whose page runs once more though nobody asked for it: what it has said has to be said again."""
 
 TITLES: Mapping[str, str] = {
-    "home": "Home", "unit": "Unit", "site": "Site", "compare": "Compare", "find": "Find circuits", "circuit": "Circuit",
-    "claims": "Claims", "edits": "Edits", "yours": "Your own input", "concepts": "Concepts",
+    "home": "Home", "unit": "Unit", "site": "Site", "compare": "Compare", "heads": "Heads", "find": "Find circuits",
+    "circuit": "Circuit", "claims": "Claims", "edits": "Edits", "yours": "Your own input", "concepts": "Concepts",
     "case": "Case: curve detector", "jobs": "Jobs",
 }  # fmt: skip
 """The pages by their path in the URL."""
@@ -190,12 +192,58 @@ def choose_model() -> tuple[ModelRecord, HookedModel] | None:
         return None
 
 
+MOST_LISTED = 4096
+"""Units that fit into a list; of more (the tokens of a vocabulary) the number is typed."""
+
+FEW = 60
+"""Sites that fit into one list; more are listed layer by layer."""
+
+_LAYER = re.compile(r"((?:[A-Za-z_]\w*\.)+[0-9]+)\.(.+)")
+OUTSIDE = "outside the layers"
+
+
 def choose_site(record: ModelRecord, model: HookedModel) -> str:
-    """A site of the model, harvested ones first."""
+    """A site of the model, harvested ones first; of a model with many, first the layer and then a site of it."""
     stores = cached.stores_of(record)
     harvested = dict.fromkeys(s.name for store in stores for s in store.provenance.sites)
     names = list(harvested | dict.fromkeys(s.name for s in model.sites))
-    return choose("Site", names, "site")
+    if len(names) <= FEW:
+        return choose("Site", names, "site")
+    layers = by_layer(names, [s.name for s in model.sites])
+    wanted = st.query_params.get("site", "")
+    now = _layer_of(wanted if wanted in names else names[0])[0]
+    st.session_state["choose-layer"] = now
+
+    def moved() -> None:
+        """To the same place in another layer, if there is one."""
+        sites = layers[st.session_state["choose-layer"]]
+        same = [s for s in sites if _layer_of(s)[1] == _layer_of(wanted)[1]]
+        st.query_params["site"] = (same or sites)[0]
+
+    def shown(name: str) -> str:
+        return _layer_of(name)[1] + (" ✓" if name in harvested else "")
+
+    with st.sidebar:
+        st.selectbox("Layer", list(layers), key="choose-layer", on_change=moved)
+    return choose("Site", layers[now], "site", shown, help="✓: activations have been harvested.")
+
+
+def by_layer(names: Sequence[str], order: Sequence[str]) -> dict[str, list[str]]:
+    """Sites by the layer that their names begin with, layers in the order in which the model has them.
+
+    >>> by_layer(["h.1.b", "embed"], ["embed", "h.0.a", "h.1.b"])
+    {'outside the layers': ['embed'], 'h.1': ['h.1.b']}
+    """
+    found: dict[str, list[str]] = {_layer_of(name)[0]: [] for name in order}
+    for name in names:
+        found.setdefault(_layer_of(name)[0], []).append(name)
+    return {layer: sites for layer, sites in found.items() if sites}
+
+
+def _layer_of(name: str) -> tuple[str, str]:
+    """The layer that a site's name begins with, and the rest of it."""
+    match = _LAYER.fullmatch(name)
+    return (match[1], match[2]) if match else (OUTSIDE, name)
 
 
 def not_harvested(record: ModelRecord, site: str) -> str:
@@ -207,7 +255,11 @@ def not_harvested(record: ModelRecord, site: str) -> str:
 def choose_unit(record: ModelRecord, model: HookedModel) -> Unit:
     """A site and a unit of it."""
     site = choose_site(record, model)
-    index = choose("Unit", [str(i) for i in range(model.site(site).n_units)], "unit")
+    n = model.site(site).n_units
+    if n > MOST_LISTED:
+        with st.sidebar:
+            return Unit(site, choose_number("Unit", 0, n - 1, 0, "unit"))
+    index = choose("Unit", [str(i) for i in range(n)], "unit")
     return Unit(site, int(index))
 
 
@@ -217,11 +269,16 @@ def go_to(unit: Unit) -> None:
     st.query_params["unit"] = str(unit.index)
 
 
+def names_at(model: HookedModel, site: Site) -> Sequence[str]:
+    """What a site's units are known to be: classes, tokens, or what they were written to detect; empty if unknown."""
+    own = model.unit_names.get(site.name, ())
+    return own or (cached.output_names(model) if site.kind == "logit" else ())
+
+
 def name_of(model: HookedModel, unit: Unit) -> str:
-    """What a unit is known to be: a class, or what it was written to detect; empty if nothing is known."""
-    names = model.unit_names.get(unit.site, ())
-    if unit.site in {s.name for s in model.sites} and model.site(unit.site).kind == "logit":
-        names = model.classes
+    """What a unit is known to be; empty if nothing is known."""
+    known = unit.site in model.unit_names or unit.site in {s.name for s in model.sites}
+    names = names_at(model, model.site(unit.site)) if known else ()
     return names[unit.index] if unit.index < len(names) else ""
 
 
@@ -229,6 +286,13 @@ def named(model: HookedModel, unit: Unit) -> str:
     """A unit with what it is known to be."""
     name = name_of(model, unit)
     return f"{unit} · {name}" if name else str(unit)
+
+
+def brief(model: HookedModel, unit: Unit) -> str:
+    """A unit as briefly as it can be said: a token as it is written, another unit of a block as `16 mlp post:214`."""
+    name = name_of(model, unit)
+    is_token = bool(name) and isinstance(model.input, TokenInput)
+    return f"“{name}”" if is_token else (f"{unit} · {name}" if name else short(str(unit)))
 
 
 def python(code: str, key: str = "") -> None:

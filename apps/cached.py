@@ -10,7 +10,7 @@ import base64
 import io
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from apps.preparing import ALONE
+from apps.showing import spec_of
 from circuits.attribution import Attribution, attribute
 from circuits.attribution.channels import ChannelMethod
 from circuits.autoencoders import FILE, Autoencoder, load_autoencoder
@@ -44,17 +45,22 @@ from circuits.examples import Examples
 from circuits.experiments.patched_runs import Direction
 from circuits.factories import from_file
 from circuits.featurevis.sheets import find_sheets
+from circuits.figures import attention_figure, heads_figure
 from circuits.graph.store import FILE as GRAPH
 from circuits.graph.store import GraphStore
 from circuits.harvesting import find_stores
 from circuits.localization import (
     AttentionPatterns,
+    HeadScores,
     ImageAttention,
     attention_patterns,
     image_attention,
     query_names,
+    score_heads,
 )
+from circuits.localization.attention import attention_of as attention_of_site
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.models.paths.randomizing import randomized
 from circuits.models.paths.receptive import ReceptiveField, receptive_field
 from circuits.models.zoo.loading import find_autoencoder, list_autoencoders, load_model
@@ -64,6 +70,7 @@ from circuits.specs import split_attached
 from circuits.stimuli.images import open_picture
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import Source, open_source
+from circuits.stimuli.spelling import marked, word_of
 from circuits.store import ActivationStore
 from circuits.tasks import Task, of_examples
 from circuits.tasks.builtin import STATED, names_of
@@ -71,17 +78,21 @@ from circuits.tasks.spec import TaskSpec
 from circuits.tuning import HeatMap, RadialTuning, heat_map, radial_tuning
 from circuits.tuning.responding import responses
 from circuits.unit_maps import Method, UnitMap, response_map, weight_map
-from circuits.units import Unit
+from circuits.units import Site, Unit
 from circuits.weights import (
     Connection,
+    LiveGraph,
     Through,
+    TokenPairs,
+    both_ways,
     build_graph,
     expand_weights,
-    incoming,
     incoming_through,
-    outgoing,
+    joined_tokens,
+    written_logits,
 )
 from circuits.weights.connections import not_written
+from circuits.weights.token_pairs import Way, writing_logits
 from circuits.workspace import ModelRecord, Workspace
 
 TURN = 10.0
@@ -129,6 +140,40 @@ def model_of(record: ModelRecord) -> HookedModel:
         ValueError, OSError, ImportError: if it cannot be loaded or is not what it was.
     """
     return _model(record.spec, record.weights, record.dtype, record.hash)
+
+
+@st.cache_resource(show_spinner=False, max_entries=16)
+def _output_names(model_hash: str, _model: HookedModel) -> Sequence[str]:
+    if isinstance(_model.input, TokenInput):
+        words = _model.input.vocabulary
+        return [marked(word_of(words, i)) for i in range(len(words))]
+    return _model.classes
+
+
+def output_names(model: HookedModel) -> Sequence[str]:
+    """What a model's outputs are called: its classes, or the tokens with their blanks marked; empty if unknown."""
+    return _output_names(hash_of(model), model)
+
+
+@st.cache_resource(show_spinner=False, max_entries=64)
+def _own_hash(place: int, _model: HookedModel) -> tuple[str, HookedModel]:
+    return (
+        _model.intact_hash,
+        _model,
+    )  # with the model, so that no other comes to its place in memory
+
+
+def hash_of(model: HookedModel) -> str:
+    """The hash of a model that sessions share, computed once: of a language model it takes a second.
+
+    Nothing changes what sessions share but edits, and those hold inside one call under the model's lock.
+    """
+    return _own_hash(id(model), model)[0]
+
+
+def _as_edited(model: HookedModel, recipe: Recipe) -> AbstractContextManager[HookedModel]:
+    """The model with edits; without any as it is, since checking that a recipe belongs to it hashes all weights."""
+    return edited(model, recipe) if recipe.edits else nullcontext(model)
 
 
 def stores_of(record: ModelRecord) -> list[ActivationStore]:
@@ -199,7 +244,7 @@ def task_of(
         ValueError, OSError: if it does not fit the model, or the examples are gone or have changed.
     """
     data_hash = "" if store is None else store.provenance.data_hash
-    return _task(model.intact_hash, name, n, seed, data_hash, model, store)
+    return _task(hash_of(model), name, n, seed, data_hash, model, store)
 
 
 def field_of(model: HookedModel, site: str) -> ReceptiveField:
@@ -212,8 +257,7 @@ def field_of(model: HookedModel, site: str) -> ReceptiveField:
 def _connections(
     model_hash: str, unit: str, top: int, _model: HookedModel
 ) -> tuple[list[Connection], list[Connection]]:
-    unwritten = not_written(_model, _model.unit(unit))
-    return [] if unwritten else incoming(_model, unit, top), outgoing(_model, unit, top)
+    return both_ways(_model, unit, top)
 
 
 def connections_of(
@@ -225,7 +269,9 @@ def connections_of(
 
 @st.cache_resource(show_spinner="Reading the weights…", max_entries=2048)
 def _through(model_hash: str, unit: str, top: int, _model: HookedModel) -> Through | None:
-    return None if not_written(_model, _model.unit(unit)) else incoming_through(_model, unit, top)
+    if isinstance(_model.input, TokenInput) or not_written(_model, _model.unit(unit)):
+        return None
+    return incoming_through(_model, unit, top)
 
 
 def through_of(model: HookedModel, unit: Unit, model_hash: str, top: int = 5) -> Through | None:
@@ -237,7 +283,7 @@ def through_of(model: HookedModel, unit: Unit, model_hash: str, top: int = 5) ->
 def _predictions(
     model_hash: str, key: str, edits: str, of: tuple[int, ...], _model: HookedModel, _recipe: Recipe, _one: Examples
 ) -> list[Prediction]:  # fmt: skip
-    with edited(_model, _recipe):
+    with _as_edited(_model, _recipe):
         return predictions(_model, _one, of=of or None)
 
 
@@ -249,20 +295,20 @@ def predictions_of(
     The edits hold only while this runs, under the model's lock: other sessions never see them.
     """
     key = one.identity(0)
-    return _predictions(model.intact_hash, key, identity(recipe), tuple(of), model, recipe, one)
+    return _predictions(hash_of(model), key, identity(recipe), tuple(of), model, recipe, one)
 
 
 @st.cache_data(show_spinner=False, max_entries=512)
 def _losses(
     model_hash: str, key: str, edits: str, _model: HookedModel, _recipe: Recipe, _one: Examples
 ) -> np.ndarray:
-    with edited(_model, _recipe):
+    with _as_edited(_model, _recipe):
         return token_losses(_model, _one)[0].cpu().numpy()
 
 
 def losses_of(model: HookedModel, recipe: Recipe, one: Examples) -> np.ndarray:
     """How surprised an edited model is by each token of a text but the first, in nats."""
-    return _losses(model.intact_hash, one.identity(0), identity(recipe), model, recipe, one)
+    return _losses(hash_of(model), one.identity(0), identity(recipe), model, recipe, one)
 
 
 def identity(recipe: Recipe) -> str:
@@ -279,7 +325,7 @@ def _tuned(
     _model: HookedModel,
     _recipe: Recipe,
 ) -> RadialTuning:
-    with edited(_model, _recipe):
+    with _as_edited(_model, _recipe):
         return radial_tuning(_model, [unit], radii=[radius] if radius else None, step=TURN)[0]
 
 
@@ -287,7 +333,7 @@ def tuning_of(
     model: HookedModel, recipe: Recipe, unit: Unit, radius: float | None = None
 ) -> RadialTuning:
     """How a unit answers to a curve at every angle, in the edited model."""
-    return _tuned(model.intact_hash, str(unit), identity(recipe), radius, model, recipe)
+    return _tuned(hash_of(model), str(unit), identity(recipe), radius, model, recipe)
 
 
 @st.cache_resource(show_spinner="Bending and turning a curve…", max_entries=256)
@@ -297,7 +343,7 @@ def _heat(model_hash: str, unit: str, _model: HookedModel) -> HeatMap:
 
 def heat_of(model: HookedModel, unit: Unit) -> HeatMap:
     """How a unit answers to curves of every angle and curvature."""
-    return _heat(model.intact_hash, str(unit), model)
+    return _heat(hash_of(model), str(unit), model)
 
 
 @st.cache_resource(show_spinner=False)
@@ -313,7 +359,7 @@ def measured(
 ) -> EditReport | None:
     """What edits do on a task, compared with random edits; without `progress` only if it is known already."""
     kept = _reports()  # by hand: a progress bar cannot be moved inside st.cache_*
-    key = (model.intact_hash, identity(recipe), task.hash)
+    key = (hash_of(model), identity(recipe), task.hash)
     if key not in kept and progress is not None:
         kept[key] = measure(model, recipe, task, n_random=RANDOM, progress=progress)
         while len(kept) > KEPT:
@@ -392,7 +438,7 @@ def edges_of(model: HookedModel, parts: Parts, task: Task) -> EdgeGraph:
     Raises:
         ValueError, KeyError: if they cannot be found, or there is no such part.
     """
-    return _edges(model.intact_hash, parts, task.hash if parts.latents else "", model, task)
+    return _edges(hash_of(model), parts, task.hash if parts.latents else "", model, task)
 
 
 @st.cache_resource(show_spinner=False)
@@ -409,7 +455,7 @@ def discovered(
         ValueError: if a setting is out of range, or the task does not fit.
     """
     kept = _discoveries()
-    key = (model.intact_hash, task.hash, task.seed, how)
+    key = (hash_of(model), task.hash, task.seed, how)
     if key not in kept and stage is not None:
         graph = edges_of(model, how.parts, task)
         kept[key] = discover(graph, task, how.method, n_random=RANDOM, stage=stage, **how.settings)
@@ -423,14 +469,28 @@ def _graph(folder: str, written: int, model_hash: str) -> GraphStore:
     return GraphStore(folder, model_hash)
 
 
-def graph_of(record: ModelRecord, model: HookedModel) -> GraphStore:
-    """The model's weights as a graph on disk; it is written there the first time.
+MOST_EDGES = 300_000_000
+"""Weights that are written to disk at most; of a model with more they are read as they are asked for."""
+
+
+@st.cache_resource(show_spinner="Looking for what the model's weights connect…", max_entries=16)
+def _live_graph(model_hash: str, _model: HookedModel) -> LiveGraph:
+    return LiveGraph(_model)
+
+
+def graph_of(record: ModelRecord, model: HookedModel) -> GraphStore | LiveGraph:
+    """The model's weights as a graph on disk, which is written there the first time; of a large language model as they
+    are asked for.
 
     Raises:
         ValueError, OSError: if the model has no weights between its sites, or it cannot be written or read.
     """
     folder = workspace().model_folder(record.hash)
     if not (folder / GRAPH).is_file():
+        if isinstance(model.input, TokenInput):
+            live = _live_graph(record.hash, model)
+            if live.n_edges > MOST_EDGES:
+                return live
         workspace().writable()
         with st.spinner("Gathering the model's weights…"):
             build_graph(model, folder).close()
@@ -472,7 +532,7 @@ def expanded_of(model: HookedModel, source: Unit, target: Unit) -> tuple[np.ndar
     Raises:
         KeyError, ValueError: if there is no way from one to the other, or it cannot be linearised.
     """
-    return _expanded(model.intact_hash, str(source), str(target), model)
+    return _expanded(hash_of(model), str(source), str(target), model)
 
 
 @st.cache_data(show_spinner=False, max_entries=2048)
@@ -548,7 +608,7 @@ def map_of(model: HookedModel, store: ActivationStore | None, site: str, method:
         ValueError: if there are too few units.
     """
     if store is None:
-        return _weight_map(model.intact_hash, site, method, model)
+        return _weight_map(hash_of(model), site, method, model)
     return _response_map(str(store.folder), site, method, store)
 
 
@@ -557,7 +617,7 @@ def _answers(
     model_hash: str, sites: tuple[str, ...], edits: str, key: str, _model: HookedModel, _recipe: Recipe,
     _images: Tensor,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    with edited(_model, _recipe):
+    with _as_edited(_model, _recipe):
         return {site: responses(_model, site, [_images])[0].numpy() for site in sites}
 
 
@@ -565,7 +625,7 @@ def answers_to(
     model: HookedModel, recipe: Recipe, sites: Sequence[str], image: Tensor, key: str
 ) -> dict[str, np.ndarray]:
     """Each unit's largest activation in the middle of its map for one drawing, in the edited model."""
-    return _answers(model.intact_hash, tuple(sites), identity(recipe), key, model, recipe, image)
+    return _answers(hash_of(model), tuple(sites), identity(recipe), key, model, recipe, image)
 
 
 @st.cache_resource(show_spinner=False, max_entries=256)
@@ -578,14 +638,14 @@ def _recorded(
     _recipe: Recipe,
     _one: Examples,
 ) -> Tensor:
-    with edited(_model, _recipe):
-        return _model.run(_one.inputs, read=[site])[site]
+    with _as_edited(_model, _recipe):
+        return _model.run(_one.inputs, read=[site], until=site)[site]
 
 
 def recorded(model: HookedModel, recipe: Recipe, one: Examples, site: str) -> Tensor:
     """What a site holds for one example, in the edited model."""
     key = one.identity(0)
-    return _recorded(model.intact_hash, key, site, identity(recipe), model, recipe, one)
+    return _recorded(hash_of(model), key, site, identity(recipe), model, recipe, one)
 
 
 @st.cache_resource(show_spinner=False, max_entries=256)
@@ -597,7 +657,103 @@ def _attention(
 
 def attention_of(model: HookedModel, one: Examples, unit: Unit) -> AttentionPatterns:
     """A head's attention over one text, raw and weighted by values."""
-    return _attention(model.intact_hash, one.identity(0), str(unit), model, one)
+    return _attention(hash_of(model), one.identity(0), str(unit), model, one)
+
+
+@st.cache_resource(show_spinner=False, max_entries=256)
+def _attention_drawn(
+    model_hash: str, key: str, unit: str, longest: int, _found: AttentionPatterns
+) -> dict[str, Any]:
+    return spec_of(attention_figure(_found.first(longest)))
+
+
+def attention_drawn(
+    model: HookedModel, one: Examples, unit: Unit, longest: int
+) -> tuple[Mapping[str, Any], int]:
+    """A head's attention over the first tokens of a text as a figure, and how many tokens the text has."""
+    found = attention_of(model, one, unit)
+    drawn = _attention_drawn(hash_of(model), one.identity(0), str(unit), longest, found)
+    return drawn, len(found.tokens)
+
+
+@st.cache_data(show_spinner=False, max_entries=256)
+def _head_output(model_hash: str, unit: str, _model: HookedModel) -> str:
+    own = attention_of_site(_model.site(_model.unit(unit).site))
+    site = next((s for s in _model.sites if s.name == f"{own}.hook_z"), None)
+    return "" if site is None else f"{site.name}:{_model.unit(unit).index}"
+
+
+def output_of_head(model: HookedModel, unit: Unit) -> Unit | None:
+    """A head, given by any of its sites, as a unit of what it puts out; None if that is at no site."""
+    found = _head_output(hash_of(model), str(unit), model)
+    return Unit.parse(found) if found else None
+
+
+@st.cache_resource(show_spinner="Going through all pairs of tokens…", max_entries=256)
+def _pairs(model_hash: str, head: str, way: Way, offset: int, _model: HookedModel) -> TokenPairs:
+    return joined_tokens(_model, head, way, offset=offset)
+
+
+def pairs_of(model: HookedModel, head: Unit, way: Way, offset: int) -> TokenPairs:
+    """The pairs of tokens that a head's weights join most.
+
+    Raises:
+        ValueError: if its weights are not known by head, or its scores are no bilinear form.
+    """
+    return _pairs(hash_of(model), str(head), way, offset, model)
+
+
+@st.cache_data(show_spinner=False, max_entries=256)
+def _logit_writers(model_hash: str, _model: HookedModel) -> set[str]:
+    if not isinstance(_model.input, TokenInput) or not _model.has_stream:
+        return set()
+    return set(writing_logits(_model))
+
+
+def writes_logits(model: HookedModel, site: Site) -> bool:
+    """Whether a site's units write to logits directly, as neurons and the dimensions of the stream do."""
+    return site.name in _logit_writers(hash_of(model), model)
+
+
+@st.cache_resource(show_spinner="Reading the weights…", max_entries=256)
+def _logits_by(model_hash: str, unit: str, _model: HookedModel) -> Tensor:
+    return written_logits(_model, unit)
+
+
+def logits_by(model: HookedModel, unit: Unit) -> Tensor:
+    """What a unit's activation of one adds to each token's logit directly, by the weights alone."""
+    return _logits_by(hash_of(model), str(unit), model)
+
+
+@st.cache_resource(show_spinner=False)
+def _scored_heads() -> OrderedDict[tuple[str, int], HeadScores]:
+    return OrderedDict()
+
+
+def head_scores(
+    model: HookedModel, seed: int, progress: Callable[[int, int], object] | None = None
+) -> HeadScores | None:
+    """How much each head is a previous-token, duplicate-token or induction head; without `progress` only if known.
+
+    Raises:
+        ValueError: if the model shows no attention patterns over tokens.
+    """
+    kept, key = _scored_heads(), (hash_of(model), seed)
+    if key not in kept and progress is not None:
+        kept[key] = score_heads(model, seed=seed, progress=progress)
+        while len(kept) > FOUND:
+            kept.popitem(last=False)
+    return kept.get(key)
+
+
+@st.cache_resource(show_spinner=False, max_entries=16)
+def _heads_drawn(model_hash: str, seed: int, _found: HeadScores) -> dict[str, Any]:
+    return spec_of(heads_figure(_found))
+
+
+def heads_drawn(model: HookedModel, found: HeadScores) -> Mapping[str, Any]:
+    """The scores of all heads as a figure."""
+    return _heads_drawn(hash_of(model), found.record.seed, found)
 
 
 @st.cache_resource(show_spinner=False, max_entries=256)
@@ -614,7 +770,7 @@ def _looks(
 
 def looks_of(model: HookedModel, one: Examples, head: Unit, *queries: str) -> ImageAttention:
     """Where a head looks in one image."""
-    return _looks(model.intact_hash, one.identity(0), str(head), queries, model, one)
+    return _looks(hash_of(model), one.identity(0), str(head), queries, model, one)
 
 
 @st.cache_data(show_spinner=False, max_entries=256)
@@ -626,7 +782,7 @@ def _queries(model_hash: str, head: str, _model: HookedModel) -> list[str]:
 
 def queries_of(model: HookedModel, head: Unit) -> list[str]:
     """What may be a query of a head in an image; empty if its tokens have no known place there."""
-    return _queries(model.intact_hash, str(head), model)
+    return _queries(hash_of(model), str(head), model)
 
 
 @st.cache_resource(show_spinner="Attributing…", max_entries=256)
@@ -650,7 +806,7 @@ def attributed(
     Raises:
         KeyError, ValueError: if the target is unknown or does not come after the site.
     """
-    return _attributed(model.intact_hash, one.identity(0), site, target, method, model, one)
+    return _attributed(hash_of(model), one.identity(0), site, target, method, model, one)
 
 
 @st.cache_resource(show_spinner="Attributing to pixels…", max_entries=256)
@@ -666,7 +822,7 @@ def salient(model: HookedModel, one: Examples, target: str, method: PixelMethod)
     Raises:
         KeyError, ValueError: if the target is unknown or the model takes tokens.
     """
-    return _salient(model.intact_hash, one.identity(0), target, method, model, one)
+    return _salient(hash_of(model), one.identity(0), target, method, model, one)
 
 
 def label_of(record: ModelRecord) -> str:
@@ -738,7 +894,7 @@ def _decisions(
     first = np.random.default_rng(seed).permutation(len(labels)) < len(labels) // 2
     own = np.array(labels)
     found = train_bottleneck(
-        site, units[first], own[first].tolist(), _model.classes, model_hash=_model.intact_hash,
+        site, units[first], own[first].tolist(), _model.classes, model_hash=hash_of(_model),
         data=_store.provenance.data, seed=seed,
     )  # fmt: skip
     accuracy = found.accuracy(units[~first], own[~first].tolist(), seed)

@@ -18,6 +18,7 @@ from circuits.graph.layout import PLACE
 from circuits.history import UndoStack
 from circuits.json_files import parse_json
 from circuits.units import Unit
+from circuits.weights import LiveGraph
 
 MOST_NODES = 600
 """How many nodes a canvas may have."""
@@ -119,7 +120,9 @@ def undo(model_hash: str) -> None:
 # --- changes -------------------------------------------------------------------------------------
 
 
-def with_units(graph: CircuitGraph, store: GraphStore, units: list[Unit]) -> CircuitGraph:
+def with_units(
+    graph: CircuitGraph, store: GraphStore | LiveGraph, units: list[Unit]
+) -> CircuitGraph:
     """With more units, and all weights between them and what is there already."""
     single = [u for u in graph if isinstance(u, Unit)]
     among = store.subgraph([*single, *units])
@@ -133,7 +136,7 @@ def with_units(graph: CircuitGraph, store: GraphStore, units: list[Unit]) -> Cir
 
 
 def with_neighbours(
-    graph: CircuitGraph, store: GraphStore, unit: Unit, incoming: bool, top: int
+    graph: CircuitGraph, store: GraphStore | LiveGraph, unit: Unit, incoming: bool, top: int
 ) -> CircuitGraph:
     """With the strongest that build a unit, or that it builds."""
     around = store.neighbourhood(unit, 1, top)

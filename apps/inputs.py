@@ -13,6 +13,7 @@ from apps.address import choose, line, plain
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
+from circuits.stimuli.spelling import words_of
 from circuits.stimuli.uploads import decode_image
 from circuits.workspace import ModelRecord
 
@@ -101,4 +102,5 @@ def show_input(one: Examples, width: int = 224) -> None:
     elif isinstance(spec, TokenInput):
         st.caption(plain(one.names[0]))
         gap = "" if spec.vocabulary else " "
-        st.code(gap.join(map(spec.word, one.tokens(0))), language=None, wrap_lines=True)
+        words = words_of(spec.vocabulary, one.tokens(0))
+        st.code(gap.join(words), language=None, wrap_lines=True)

@@ -13,15 +13,20 @@ _STYLE = "<style>.stVegaLiteChart {max-width: 100%; overflow-x: auto}</style>"
 """A figure that is wider than the page can be scrolled, and the page stays as wide as it is."""
 
 
-def show(figure: Figure, key: str) -> None:
+def spec_of(figure: Figure) -> dict[str, Any]:
+    """A figure as Vega-Lite has it, to be kept where building it takes long."""
+    # what the library builds is checked by its tests; checking it again takes longer than building it
+    return figure.to_dict(validate=False)
+
+
+def show(figure: Figure | Mapping[str, Any], key: str) -> None:
     """Show a figure in the colours and fonts of the person's theme, as wide as there is room unless it has a width.
 
     Args:
-        figure: what to show.
+        figure: what to show, or its `spec_of`.
         key: names the container around it, also for CSS (`st-key-…`).
     """
-    # what the library builds is checked by its tests; checking it again takes longer than building it
-    spec = figure.to_dict(validate=False)
+    spec = dict(figure) if isinstance(figure, Mapping) else spec_of(figure)
     spec.pop("config", None)  # Altair's own theme: the page has one
     fixed = _has_width(spec)
     if fixed:

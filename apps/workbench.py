@@ -22,7 +22,7 @@ def main() -> None:
         st.Page(guarded(view.page), title=TITLES[name], url_path=name, default=name == "home")
         for name, view in VIEWS.items()
     ]
-    page = st.navigation(pages)
+    page = st.navigation(pages, expanded=True)
     with (
         st.sidebar
     ):  # before the page: a change is kept at once, and what was kept comes back first

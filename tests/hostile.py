@@ -159,6 +159,7 @@ def pages(place: Workspace) -> Iterator[tuple[str, dict[str, str]]]:
     yield "concepts", {"sae": "x"}
     yield "case", {}
     yield "claims", {"model": eyes, "claim": NAMES[2]}
+    yield "heads", {"model": words}
     for model, site in ((eyes, "c"), (words, "act")):
         here = {"model": model, "site": site}
         yield "unit", {**here, "unit": "1"}

@@ -177,7 +177,8 @@ def test_transformer_heads_have_a_page(built: Workspace, monkeypatch) -> None:
     test = page(built, monkeypatch, model="induction", site="blocks.1.attn.hook_z", unit="1")
     assert not test.exception
     assert read(test.title[0]) == "blocks.1.attn.hook_z:1"
-    assert any(read(b.label).startswith("blocks.0.attn.hook_z:") for b in test.button)
+    before = next(b for b in test.button if read(b.help).startswith("blocks.0.attn.hook_z:"))
+    assert read(before.label).startswith("0 z:"), "as short as it can be said"
     test.toggle(key="ablate").set_value(True).run()
     assert "repeats: 16" in text(test)
     effects = next(d.value for d in test.dataframe if "measure" in d.value).set_index("measure")
@@ -905,7 +906,7 @@ def test_nothing_that_others_write_becomes_markdown(tmp_path: Path, monkeypatch)
     sources = [ast.parse(path.read_text()) for path in Path(apps.__file__).parent.rglob("*.py")]
     own = {n.value for tree in sources for n in ast.walk(tree) if isinstance(n, ast.Constant)}
     seen = set()
-    shown = [*hostile.pages(place)][:12] + [*hostile.asked()][:5]  # `test_browser` sees all
+    shown = [*hostile.pages(place)][:13] + [*hostile.asked()][:5]  # `test_browser` sees all
     assert {view for view, _ in shown} == set(TITLES)
     for view, query in shown:
         test = page(place, monkeypatch, view, guard=True, **query)

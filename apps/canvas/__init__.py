@@ -11,12 +11,20 @@ from typing import Any
 import streamlit as st
 from streamlit.components import v2
 
-from circuits.graph.circuit import CircuitGraph, Node, UnitGroup, WholeSite, site_of
+from circuits.figures.charts import short
+from circuits.graph.circuit import (
+    CircuitGraph,
+    Node,
+    UnitGroup,
+    WholeSite,
+    is_composition,
+    site_of,
+)
 from circuits.graph.layout import PLACE, layered
 
 _HERE = Path(__file__).parent
-_ACROSS, _DOWN = 84.0, 150.0
-"""Pixels between neighbours of a row, and between rows."""
+_ACROSS, _DOWN, _DOWN_BARE = 84.0, 150.0, 74.0
+"""Pixels between neighbours of a row, and between rows; these where no unit has a picture."""
 
 _HTML = (
     '<div class="circuit-canvas" role="img" aria-label="circuit"></div>'
@@ -68,13 +76,15 @@ def canvas(
         What was clicked, if something was.
     """
 
+    down = _DOWN if pictures else _DOWN_BARE
+
     def tapped() -> None:
         if on_tap is not None and (told := st.session_state[key].tapped) is not None:
             on_tap(str(told))
 
     def moved() -> None:
         if on_move is not None and (told := st.session_state[key].moved) is not None:
-            on_move(str(told["id"]), float(told["x"]) / _ACROSS, -float(told["y"]) / _DOWN)
+            on_move(str(told["id"]), float(told["x"]) / _ACROSS, -float(told["y"]) / down)
 
     told = _component()(
         key=key, data=_drawn(graph, pictures, names) | {"selected": selected, "layout": layout, "height": height},
@@ -91,7 +101,7 @@ def edge_id(source: Node, target: Node, key: str) -> str:
 def _drawn(
     graph: CircuitGraph, pictures: Mapping[Node, str], names: Mapping[Node, str]
 ) -> dict[str, Any]:
-    places = layered(graph)
+    places, down = layered(graph), _DOWN if pictures else _DOWN_BARE
     strongest: dict[str, float] = {}
     for _, _, data in graph.edges(data=True):
         strongest[data["kind"]] = max(strongest.get(data["kind"], 0.0), data["norm"])
@@ -103,24 +113,39 @@ def _drawn(
         "edges": [
             {
                 "id": edge_id(a, b, key), "source": str(a), "target": str(b), "sum": data["sum"],
+                "unsigned": is_composition(data),
                 # What an edge leads into: q, k or v of a head, and the span of positions.
                 "way": data.get("layer", "") if data["kind"] == "effect" else "",
                 "width": 0.5 + 5.5 * data["norm"] / (strongest[data["kind"]] or 1.0),
             }
             for a, b, key, data in graph.edges(keys=True, data=True)
         ],
-        "rows": [{"label": site, "x": left * _ACROSS, "y": -y * _DOWN} for site, y in rows.items()],
+        "rows": [
+            {"id": site, "label": site if pictures else short(site), "x": left * _ACROSS, "y": -y * down}
+            for site, y in rows.items()
+        ],
     }  # fmt: skip
 
 
 def _node(
     node: Node, place: tuple[float, float], pictures: Mapping[Node, str], names: Mapping[Node, str]
 ) -> dict[str, Any]:
+    if pictures:
+        label, down = f"{_label(node)}\n{names.get(node, '')}".strip(), _DOWN
+    else:
+        label, down = names.get(node) or _bare_label(node), _DOWN_BARE
     return {
-        "id": str(node), "label": f"{_label(node)}\n{names.get(node, '')}".strip(),
-        "x": place[0] * _ACROSS, "y": -place[1] * _DOWN, "picture": pictures.get(node, ""),
+        "id": str(node), "label": label, "bare": not pictures,
+        "x": place[0] * _ACROSS, "y": -place[1] * down, "picture": pictures.get(node, ""),
         "count": len(node.units) if isinstance(node, UnitGroup) else 0,
     }  # fmt: skip
+
+
+def _bare_label(node: Node) -> str:
+    """What stands in a node without a picture: `20 post:17`, or as a group is called."""
+    if isinstance(node, UnitGroup):
+        return _label(node)
+    return short(node.site if isinstance(node, WholeSite) else str(node))
 
 
 def _label(node: Node) -> str:

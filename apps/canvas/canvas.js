@@ -24,6 +24,8 @@ function styles(colors) {
       "text-wrap": "wrap", "text-max-width": 76,
       "text-background-color": colors.back, "text-background-opacity": 0.75, "width": 46, "height": 46, "shape": "round-rectangle",
       "background-color": colors.back, "border-width": 1, "border-color": "#888888", "min-zoomed-font-size": 5 } },
+    { selector: "node[?bare]", style: { "text-valign": "center", "text-margin-y": 0, "width": 78, "height": 26,
+      "text-background-opacity": 0, "font-size": 10 } },
     { selector: "node[picture]", style: { "background-image": "data(picture)", "background-fit": "cover" } },
     { selector: "node[count]", style: { "shape": "round-hexagon", "border-width": 2 } },
     { selector: "node.row", style: {
@@ -33,6 +35,7 @@ function styles(colors) {
       "width": "data(width)", "line-color": colors.excites, "target-arrow-color": colors.excites,
       "curve-style": "haystack", "line-opacity": 0.6 } },
     { selector: "edge[sum < 0]", style: { "line-color": colors.inhibits, "target-arrow-color": colors.inhibits } },
+    { selector: "edge[?unsigned]", style: { "line-color": "#888888", "target-arrow-color": "#888888" } },
     { selector: "edge[?arrow]", style: { "curve-style": "bezier", "target-arrow-shape": "triangle", "arrow-scale": 0.7 } },
     // behind the arrow, where edges between the same nodes have parted
     { selector: "edge[way][?arrow]", style: {
@@ -48,12 +51,12 @@ function elements(data) {
   const into = new Map(); // labels of edges into one node stand at different distances from it
   const at = (e) => { into.set(e.target, (into.get(e.target) ?? -1) + 1); return 16 + 11 * (into.get(e.target) % 4); };
   return [
-    ...data.rows.map((r) => ({ group: "nodes", data: { id: "row " + r.label, label: r.label },
+    ...data.rows.map((r) => ({ group: "nodes", data: { id: "row " + r.id, label: r.label },
       position: { x: r.x, y: r.y }, classes: "row", selectable: false, grabbable: false })),
     ...data.nodes.map((n) => ({ group: "nodes", position: { x: n.x, y: n.y },
-      data: { id: n.id, label: n.label, ...(n.picture && { picture: n.picture }), ...(n.count && { count: n.count }) } })),
+      data: { id: n.id, label: n.label, bare: n.bare, ...(n.picture && { picture: n.picture }), ...(n.count && { count: n.count }) } })),
     ...data.edges.map((e) => ({ group: "edges", data: { id: e.id, source: e.source, target: e.target,
-      width: e.width, sum: e.sum, arrow: few, ...(e.way && { way: e.way, at: at(e) }) } })),
+      width: e.width, sum: e.sum, arrow: few, unsigned: e.unsigned, ...(e.way && { way: e.way, at: at(e) }) } })),
   ];
 }
 

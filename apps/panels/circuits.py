@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import streamlit as st
@@ -17,16 +17,19 @@ from circuits.discovery.results import SIZES
 from circuits.figures import circuit_figure, figure_bytes, matrix_figure
 from circuits.figures.saving import Format
 from circuits.graph import CircuitGraph, GraphStore, UnitGroup, circuit_diff
-from circuits.graph.circuit import Node
+from circuits.graph.circuit import Node, is_composition
 from circuits.graph.formats import circuit_text
 from circuits.graph.saved import circuit_history, load_circuit, save_circuit, saved_circuits
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.topology import INPUT
 from circuits.units import Unit
+from circuits.weights import LiveGraph
 from circuits.workspace import ModelRecord
 
 
-def tools_panel(record: ModelRecord, model: HookedModel, store: GraphStore, now: Drawing) -> None:
+def tools_panel(
+    record: ModelRecord, model: HookedModel, store: GraphStore | LiveGraph, now: Drawing
+) -> None:
     """Units to add, and the last change to take back."""
     with (
         st.form("add-units", border=False),
@@ -78,12 +81,28 @@ def legend_panel(record: ModelRecord, shown: CircuitGraph) -> None:
             f"{made.get('seed')}. {'' if method in SIZES else colours}{wide}"
         )
     else:
-        said = f"{counted} of weights {record.hash[:16]}: red excites, blue inhibits. {wide}"
+        said = f"{counted} of weights {record.hash[:16]}: {_colours(shown)} {wide}"
     st.caption(plain(said))
 
 
+def _colours(shown: CircuitGraph) -> str:
+    """What colours of weights mean; composition scores of heads are norms, which have no sign."""
+    heads = [is_composition(data) for *_, data in shown.edges(data=True)]
+    if heads and all(heads):
+        return (
+            "edges between heads are composition scores (by queries, keys and values), from 0 to 1 and without a sign: "
+            "how much of what the one writes the other can read."
+        )
+    mixed = " Edges between heads are composition scores, which have no sign." if any(heads) else ""
+    return f"red excites, blue inhibits.{mixed}"
+
+
 def selection_panel(
-    record: ModelRecord, model: HookedModel, store: GraphStore, shown: CircuitGraph, selected: str
+    record: ModelRecord,
+    model: HookedModel,
+    store: GraphStore | LiveGraph,
+    shown: CircuitGraph,
+    selected: str,
 ) -> None:
     """The node or edge that was clicked, and what can be done with it."""
     edge = drawing.edge_of(shown, selected)
@@ -101,7 +120,9 @@ def selection_panel(
             st.caption(plain(", ".join(map(str, node.units))))
 
 
-def _unit(record: ModelRecord, model: HookedModel, store: GraphStore, unit: Unit) -> None:
+def _unit(
+    record: ModelRecord, model: HookedModel, store: GraphStore | LiveGraph, unit: Unit
+) -> None:
     label = cached.label_of(record)
     st.subheader(plain(named(model, unit) if unit.site != INPUT else str(unit)))
     top = int(st.number_input("How many", 1, 50, 5, key="canvas-top"))
@@ -118,14 +139,20 @@ def _unit(record: ModelRecord, model: HookedModel, store: GraphStore, unit: Unit
 
 
 def _edge(
-    record: ModelRecord, model: HookedModel, a: Node, b: Node, key: str, data: dict[str, object]
+    record: ModelRecord, model: HookedModel, a: Node, b: Node, key: str, data: dict[str, Any]
 ) -> None:
-    st.subheader(plain(f"{a} → {b}"))
+    ends = [named(model, n) if isinstance(n, Unit) and n.site != INPUT else str(n) for n in (a, b)]
+    st.subheader(plain(" → ".join(ends)))
     kernel = np.atleast_2d(np.array(data.get("kernel", [])))
     typical = f", typical {data['typical']:.3g}" if "typical" in data else ""
-    st.caption(f"{code(key)}: sum {data['sum']:.3g}, strength {data['norm']:.3g}{typical}")
+    if is_composition(data):
+        q, k, v = kernel[0].tolist()
+        total = f"composition by queries {q:.3g}, keys {k:.3g}, values {v:.3g}"
+    else:
+        total = f"sum {data['sum']:.3g}"
+    st.caption(f"{code(key)}: {total}, strength {data['norm']:.3g}{typical}")
     left, right = st.columns(2)
-    if kernel.size > 1:
+    if kernel.size > 1 and not is_composition(data):
         with left:
             show(matrix_figure(kernel, "weight"), "edge-kernel")
     if not (isinstance(a, Unit) and isinstance(b, Unit) and a.site != INPUT):

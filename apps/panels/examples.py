@@ -32,7 +32,7 @@ def examples_panel(look: Look, store: ActivationStore, examples: Examples) -> No
     st.subheader("Examples that excite it most")
     best = store.top_examples(unit, SHOWN)
     if isinstance(model.input, TokenInput):
-        texts_panel(look, examples, best)
+        texts_panel(look, examples, best, "best")
         return
     with st.container(horizontal=True):
         whole = st.toggle("Whole images", key="whole-images", help="The box is what the unit sees.")
@@ -75,7 +75,7 @@ def range_panel(look: Look, store: ActivationStore, examples: Examples) -> None:
     if isinstance(model.input, TokenInput):
         for i, found in enumerate(tenths):
             st.caption(_share(i))
-            texts_panel(look, examples, found)
+            texts_panel(look, examples, found, f"tenth-{i:d}")
         return
     field = cached.field_of(model, unit.site)
     high, *columns, low = st.columns(TENTHS + 2)

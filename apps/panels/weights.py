@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.address import go_to, line, link, named, plain, python
+from apps.address import brief, go_to, line, link, named, plain, python
 from apps.showing import show
 from apps.subject import Look
 from circuits.figures import kernels_figure
@@ -73,9 +73,9 @@ def _connection(look: Look, connection: Connection, end: str) -> None:
     picture = cached.pictured(look.record).get(other)
     if picture is not None and (small := cached.thumbnail(picture)):
         st.image(small, width=64)
-    label = plain(named(look.model, other))
     st.button(
-        label, help=label, key=f"go-{end}-{connection.layer}-{other}", on_click=go_to, args=(other,),
+        plain(brief(look.model, other)), help=plain(named(look.model, other)),
+        key=f"go-{end}-{connection.layer}-{other}", on_click=go_to, args=(other,),
         disabled=other.site == INPUT,  # the model's input has no page
     )  # fmt: skip
     st.caption(_in_words(connection, look.model.site(connection.target.site).kind == "head"))

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import streamlit as st
 
 from apps import cached, drawing, tab_storage
-from apps.address import TROUBLE, choose_model, line, name_of, part, python
+from apps.address import TROUBLE, choose_model, line, name_of, part
 from apps.canvas import canvas
 from apps.drawing import Drawing
+from apps.panels.circuit_code import TOP, code_panel
 from apps.panels.circuits import keep_panel, legend_panel, selection_panel, tools_panel
 from apps.panels.claiming import claim_this_panel
 from circuits.checks import whole
@@ -18,11 +19,10 @@ from circuits.graph import CircuitGraph, GraphStore, UnitGroup
 from circuits.graph.circuit import Node, site_of
 from circuits.graph.saved import circuit_history, load_circuit
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.topology import INPUT
 from circuits.units import Unit
+from circuits.weights import LiveGraph
 from circuits.workspace import ModelRecord
-
-TOP = 5
-"""Neighbours on each side that a circuit begins with."""
 
 
 def page() -> None:
@@ -41,7 +41,7 @@ def page() -> None:
     _body(record, model, store)
 
 
-def _begin(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
+def _begin(record: ModelRecord, model: HookedModel, store: GraphStore | LiveGraph) -> None:
     """Begin with what the URL asks for: a saved circuit, or a unit and its neighbours; or go on."""
     asked = {name: st.query_params.get(name, "") for name in ("circuit", "version", "unit")}
     origin = " ".join(f"{k}={v}" for k, v in asked.items() if v)
@@ -55,7 +55,7 @@ def _begin(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
 def _asked_for(
     record: ModelRecord,
     model: HookedModel,
-    store: GraphStore,
+    store: GraphStore | LiveGraph,
     asked: Mapping[str, str],
     origin: str,
 ) -> Drawing:
@@ -72,13 +72,17 @@ def _asked_for(
     return Drawing(store.neighbourhood(unit, 1, TOP), origin=origin)
 
 
-def _first(store: GraphStore, model: HookedModel) -> Unit:
-    names = list(model.unit_names) or [b.target for b in store.blocks]
-    return Unit(next(n for n in reversed(names) if any(b.target == n for b in store.blocks)), 0)
+def _first(store: GraphStore | LiveGraph, model: HookedModel) -> Unit:
+    targets = {b.target for b in store.blocks}
+    late = [s.name for s in model.sites if s.name in targets and s.kind != "logit"]
+    names = (
+        [n for n in model.unit_names if n in targets] or late or [b.target for b in store.blocks]
+    )
+    return Unit(names[-1], 0)
 
 
 @part
-def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
+def _body(record: ModelRecord, model: HookedModel, store: GraphStore | LiveGraph) -> None:
     now = drawing.drawing(record.hash)
     assert now is not None, "begun by the page"
     tab_storage.keep({drawing.slot(record.hash): now.text}, "keeper-drawing")
@@ -91,7 +95,9 @@ def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     pictures: dict[Node, str] = {
         n: cached.thumbnail(paths[n]) for n in shown if isinstance(n, Unit) and n in paths
     }
-    names: dict[Node, str] = {n: name_of(model, n) for n in shown if isinstance(n, Unit)}
+    names: dict[Node, str] = {
+        n: name_of(model, n) for n in shown if isinstance(n, Unit) and n.site != INPUT
+    }
     key = f"selected {record.hash}"
 
     def select(node: str) -> None:
@@ -110,20 +116,7 @@ def _body(record: ModelRecord, model: HookedModel, store: GraphStore) -> None:
     selection_panel(record, model, store, shown, st.session_state.get(key, ""))
     claim_this_panel(record, model, now)
     keep_panel(record, now, shown)
-    start = now.graph.graph.get("made", {}).get("neighbourhood")
-    made = f"GraphStore(folder).neighbourhood({start!r}, hops=1, top={TOP})"
-    if now.past or now.version:  # changed by hand: as exported above
-        made = 'circuits.graph.read_circuit("circuit.json")'
-    python(f"""
-import circuits
-from circuits.graph import GraphStore
-
-model = {record.code}
-folder = circuits.Workspace.default().model_folder(model.hash)
-circuits.weights.build_graph(model, folder)  # once
-graph = {made}
-print(len(graph), graph.number_of_edges())
-""")
+    code_panel(record, store, now)
 
 
 def _shown(record: ModelRecord, graph: CircuitGraph) -> CircuitGraph:

@@ -15,6 +15,7 @@ from circuits.examples import Examples
 from circuits.figures import losses_figure, predictions_figure, tuning_figure
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
+from circuits.stimuli.spelling import marked, words_of
 from circuits.workspace import ModelRecord
 
 
@@ -80,7 +81,8 @@ def _losses(model: HookedModel, recipe: Recipe, one: Examples) -> None:
     runs = {"intact": cached.losses_of(model, Recipe((), recipe.model_hash), one)}
     if recipe.edits:
         runs["edited"] = cached.losses_of(model, recipe, one)
-    show(losses_figure(runs, [model.input.word(t) for t in one.tokens(0)[1:]]), "edit-losses")
+    words = words_of(model.input.vocabulary, one.tokens(0)[1:])
+    show(losses_figure(runs, list(map(marked, words))), "edit-losses")
     for name, losses in runs.items():
         half = len(losses) // 2
         st.caption(

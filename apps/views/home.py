@@ -134,6 +134,7 @@ def _links(record: ModelRecord, label: str, sites: list[str]) -> None:
         link("unit", "Units", model=label, **site)
         link("site", "Sheet", model=label, **site)
         link("circuit", "Circuit", model=label)
+        link("heads", "Heads", model=label)
         link("find", "Find circuits", model=label)
         link("claims", "Claims", model=label)
         link("edits", "Edits", model=label)

@@ -14,6 +14,7 @@ from apps.address import (
     choose_site,
     code,
     link,
+    names_at,
     not_harvested,
     open_page,
     plain,
@@ -24,6 +25,7 @@ from apps.panels.maps import map_panel
 from circuits.concepts import names_of
 from circuits.families import saved_families
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
 from circuits.store import ActivationStore
 from circuits.units import Site, Unit
 from circuits.workspace import ModelRecord
@@ -41,12 +43,11 @@ def page() -> None:
     stores = {s.provenance.data: s for s in cached.stores_of(record) if site.name in s.sites}
     store = stores[choose("Data", list(stores), "data")] if stores else None
     st.title(plain(site.name))
-    st.caption(
-        plain(f"{model.name} · {site.n_units} units ({site.kind}) · weights {record.hash[:16]}")
-    )
-    table = _table(record, model, site, store)
-    table = _filtered(record, table, site)
-    way = choose("Show as", WAYS, "as")
+    about = f"{model.name} · {site.n_units} units ({site.kind}) · weights {record.hash[:16]}"
+    st.caption(plain(about))
+    table = _filtered(record, _table(record, model, site, store), site)
+    pictureless = isinstance(model.input, TokenInput)
+    way = choose("Show as", WAYS[pictureless:], "as")
     if way == "table":
         _as_table(record, site, table)
     elif way == "map":
@@ -72,16 +73,14 @@ def _table(
     record: ModelRecord, model: HookedModel, site: Site, store: ActivationStore | None
 ) -> pd.DataFrame:
     units = [site.unit(i) for i in range(site.n_units)]
-    table = (
-        cached.site_table(store, site.name).copy()
-        if store
-        else pd.DataFrame({"unit": range(len(units))})
-    )
+    table = pd.DataFrame({"unit": range(len(units))})
+    if store:
+        table = cached.site_table(store, site.name).copy()
     given = {
         u: r.body["text"] for u, r in names_of(cached.workspace().database, record.hash).items()
     }
-    known = model.unit_names.get(site.name) or (model.classes if site.kind == "logit" else ())
-    table["name"] = [given.get(str(u), known[u.index] if known else "") for u in units]
+    known = names_at(model, site) or [""] * len(units)
+    table["name"] = [given.get(str(u), name) for u, name in zip(units, known, strict=True)]
     member: dict[Unit, str] = {}
     for family in saved_families(cached.workspace().database, record.hash):
         member |= {
@@ -107,7 +106,7 @@ def _filtered(record: ModelRecord, table: pd.DataFrame, site: Site) -> pd.DataFr
     for word in words:
         keep &= text.str.contains(word, regex=False)
     found = table.loc[keep].sort_values(str(order), ascending=not downward, kind="stable")
-    st.caption(f"{len(found)} of {len(table)} units")
+    st.caption(f"{len(found):,} of {len(table):,} units")
     return found
 
 
@@ -138,11 +137,11 @@ def _as_sheet(record: ModelRecord, site: Site, table: pd.DataFrame) -> None:
 
 
 def _as_table(record: ModelRecord, site: Site, table: pd.DataFrame) -> None:
+    shown = table.drop(columns=[c for c in ("name", "family") if not "".join(table[c])])
     chosen = st.dataframe(
-        table, hide_index=True, on_select="rerun", selection_mode="single-row", key="site-table"
+        shown, hide_index=True, on_select="rerun", selection_mode="single-row", key="site-table"
     )
-    rows = chosen["selection"]["rows"]
-    if rows:
+    if rows := chosen["selection"]["rows"]:
         _open(record, site.unit(int(table.iloc[rows[0]]["unit"])))
 
 

@@ -12,6 +12,7 @@ from circuits.examples import Examples, as_examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.paths.logits import answer_name, outputs_last
+from circuits.stimuli.spelling import word_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,13 @@ def predictions(
     # A model with a map of predictions (segmentation) is summarised by the mean over positions.
     probabilities = probabilities.reshape(-1, probabilities.shape[-1]).mean(0)
     chosen = probabilities.topk(min(top, len(probabilities))).indices.tolist() if of is None else of
-    return [Prediction(i, answer_name(model, i), probabilities[i].item()) for i in chosen]
+    return [Prediction(i, _named(model, i), probabilities[i].item()) for i in chosen]
+
+
+def _named(model: HookedModel, index: int) -> str:
+    if isinstance(model.input, TokenInput):
+        return word_of(model.input.vocabulary, index)
+    return answer_name(model, index)
 
 
 def token_losses(model: HookedModel, examples: Examples | Tensor) -> Float[Tensor, "batch next"]:

@@ -34,6 +34,9 @@ from circuits.units import Unit
 _DIM = 0.25
 """How much of its colour a sink's column keeps."""
 
+_LEAST, _MOST, _WIDE = 4, 18, 270
+"""Pixels of a cell of a pattern, at least and at most, and of a whole pattern: two of them fit next to each other."""
+
 _PICTURE = 220
 """Pixels of the longer side of an image."""
 
@@ -44,7 +47,9 @@ _STRONGEST = 0.85
 def attention_figure(found: AttentionPatterns, title: str = "") -> Figure:
     """Each head's attention as queries in rows and keys in columns, raw and times the length of keys' values.
 
-    The column of a sink is dimmed and named, and the colour scale is that of the other columns.
+    The column of a sink is dimmed and named, and the colour scale is that of the other columns. Where queries see no
+    later keys the first column is always treated so: the first query has nothing else to attend to, and many heads rest
+    there when they find nothing to do.
     """
     rows = [_pair(pattern, [printed(t) for t in found.tokens]) for pattern in found.patterns]
     made = alt.vconcat(*rows).resolve_scale(color="independent")
@@ -54,12 +59,17 @@ def attention_figure(found: AttentionPatterns, title: str = "") -> Figure:
 def _pair(pattern: HeadPattern, words: list[str]) -> alt.HConcatChart:
     name = _named(pattern.head)
     note = ""
-    if pattern.sink is not None:
-        word = words[pattern.sink]
-        note = f"sink (dimmed): {word} at {pattern.sink} gets {pattern.sink_share:.0%} of attention"
+    dimmed, n = pattern.sink, len(words)
+    if dimmed is not None:
+        note = (
+            f"sink (dimmed): {words[dimmed]} at {dimmed} gets {pattern.sink_share:.0%} of attention"
+        )
+    elif n > 2 and not pattern.raw.triu(1).any():
+        dimmed, share = 0, float(pattern.raw[1:, 0].mean())
+        note = f"first token (dimmed): {words[0]} gets {share:.0%} of later tokens' attention"
     drawn = []
     for what, values in (("attention", pattern.raw), ("times value norms", pattern.weighted)):
-        one = _matrix(values.numpy(), pattern.sink, words, what)
+        one = _matrix(values.numpy(), dimmed, words, what)
         drawn.append(panel(one, [f"{name}: {what}", *filter(None, [note])], 48))
     return alt.hconcat(*drawn).resolve_scale(color="independent")
 
@@ -72,8 +82,9 @@ def _matrix(values: np.ndarray, sink: int | None, words: list[str], what: str) -
     later = np.triu(np.ones(values.shape, bool), 1)
     shown = values if values[later].any() else np.where(later, np.inf, values)
     shades = replace(rising(f"{what}, share of the query's", top), at="bottom")
+    cell = max(_LEAST, min(_MOST, _WIDE // len(words)))
     return cells(
-        shown, shades, rows=words, columns=words, y="query", x="key",
+        shown, shades, rows=words, columns=words, y="query", x="key", size=(cell, cell),
         opacity=None if sink is None else lambda _, key: _DIM if key == sink else 1.0,
     )  # fmt: skip
 

@@ -25,7 +25,14 @@ from circuits.figures.charts import (
     signed,
     titled,
 )
-from circuits.graph.circuit import CircuitGraph, Node, UnitGroup, WholeSite, site_of
+from circuits.graph.circuit import (
+    CircuitGraph,
+    Node,
+    UnitGroup,
+    WholeSite,
+    is_composition,
+    site_of,
+)
 from circuits.graph.layout import layered
 from circuits.stimuli.images import open_picture
 
@@ -53,6 +60,8 @@ _MEANING = {
 }
 """What a positive and a negative edge of a kind says."""
 _NEITHER = "sums to zero"
+_UNSIGNED = "is read by (composition)"
+"""What an edge between heads says: how much of what the one writes the other can read, which has no sign."""
 
 
 def circuit_figure(
@@ -145,9 +154,10 @@ def _edge_layers(
     if not rows:
         return []
     kinds = list(dict.fromkeys(d["kind"] for *_, d in edges))
-    colours = {m: c for k in kinds for m, c in zip(_MEANING[k], (ORANGE, BLUE), strict=True)}
-    if any(r["sign"] == _NEITHER for r in rows):
-        colours[_NEITHER] = GREY
+    signed_kinds = dict.fromkeys(d["kind"] for *_, d in edges if not is_composition(d))
+    colours = {m: c for k in signed_kinds for m, c in zip(_MEANING[k], (ORANGE, BLUE), strict=True)}
+    present = {r["sign"] for r in rows}
+    colours |= {neither: GREY for neither in (_NEITHER, _UNSIGNED) if neither in present}
     tips = [alt.Tooltip(f"{f}:N", title=f) for f in ("between", "layer", "sign")]
     tips += [alt.Tooltip(f"{f}:Q", format=".3g") for f in ("strength", "sum")]
     strength = ["strength / strongest of", "its kind and layer"]
@@ -168,6 +178,8 @@ def _edge_layers(
 
 
 def _sign(edge: Mapping[str, Any]) -> str:
+    if is_composition(edge):
+        return _UNSIGNED
     positive, negative = _MEANING[edge["kind"]]
     return positive if edge["sum"] > 0 else negative if edge["sum"] < 0 else _NEITHER
 

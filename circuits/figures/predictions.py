@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from circuits.effects import Prediction
 from circuits.figures.charts import Figure, Row, data, lines, named_ticks, run_color
+from circuits.stimuli.spelling import marked
 
 _TOKEN = 14  # pixels between tokens
 
@@ -43,7 +44,11 @@ def predictions_figure(runs: Mapping[str, Sequence[Prediction]]) -> Figure:
 def _label(prediction: Prediction, among: Sequence[Prediction]) -> str:
     """A prediction's name, with its number where two share a name (ImageNet has two cranes)."""
     alone = sum(p.name == prediction.name for p in among) == 1
-    return prediction.name if alone else f"{prediction.name} ({prediction.index})"
+    # Tokens may begin with a blank or be one; blanks inside a name are a class's.
+    bare = prediction.name.lstrip(" ")
+    name = marked(" " * (len(prediction.name) - len(bare))) * (bare != prediction.name) + bare
+    name = name.replace("\n", "↵") or marked("")
+    return name if alone else f"{name} ({prediction.index})"
 
 
 def losses_figure(

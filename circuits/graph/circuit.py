@@ -120,6 +120,18 @@ def site_of(node: Node) -> str:
     return node.unit.site if isinstance(node, UnitAt) else node.site
 
 
+_COMPOSITION = re.compile("composition [0-9]+ to [0-9]+")
+
+
+def is_composition(edge: Mapping[str, Any]) -> bool:
+    """Whether an edge holds composition scores of two heads (Elhage et al. 2021), which are norms and have no sign.
+
+    >>> is_composition({"kind": "weight", "layer": "composition 0 to 1"})
+    True
+    """
+    return edge["kind"] == "weight" and bool(_COMPOSITION.fullmatch(edge.get("layer") or ""))
+
+
 # --- what attributes hold --------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from circuits.examples import encoded
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.paths.selecting import select_sites
+from circuits.stimuli.spelling import words_of
 from circuits.tables import Table, visible
 from circuits.units import Site, Unit, unknown
 
@@ -48,6 +49,13 @@ class HeadPattern:
     sink: int | None
     sink_share: float
 
+    def first(self, n: int) -> HeadPattern:
+        """The attention among the first n tokens; the sink and its share are those of the whole text."""
+        sink = (
+            (self.sink, self.sink_share) if self.sink is not None and self.sink < n else (None, 0.0)
+        )
+        return HeadPattern(self.head, self.raw[:n, :n], self.weighted[:n, :n], *sink)
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionPatterns:
@@ -64,6 +72,12 @@ class AttentionPatterns:
     patterns: tuple[HeadPattern, ...]
     model: str
     model_hash: str
+
+    def first(self, n: int) -> AttentionPatterns:
+        """The first n tokens; no query attends to a later one, so that rows still add up to 1 in causal models."""
+        return replace(
+            self, tokens=self.tokens[:n], patterns=tuple(p.first(n) for p in self.patterns)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -137,7 +151,7 @@ def attention_patterns(
         shared = site.n_units // value.n_units  # grouped queries share keys and values
         length = value.activations(cache[value])[0, unit.index // shared].double().cpu()
         found.append(_pattern(unit, raw, length))
-    words = tuple(model.input.word(t) for t in tokens[0].tolist())
+    words = tuple(words_of(model.input.vocabulary, tokens[0].tolist()))
     return AttentionPatterns(words, tuple(found), model.name, model.intact_hash)
 
 

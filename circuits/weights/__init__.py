@@ -1,6 +1,6 @@
 """Weights between units: of single layers, expanded through everything in between, and factored."""
 
-from circuits.weights.connections import Connection, incoming, outgoing
+from circuits.weights.connections import Connection, both_ways, incoming, outgoing
 from circuits.weights.expanded import ExpandedWeights, expand_weights
 from circuits.weights.factors import Factors, factorize
 from circuits.weights.graphs import build_graph, expanded_block
@@ -14,8 +14,10 @@ from circuits.weights.heads import (
     ov_circuit,
     qk_circuit,
 )
+from circuits.weights.live import LiveGraph
 from circuits.weights.lone import Gate, Through, gate_on, incoming_through
 from circuits.weights.raw import LayerWeights, connected_pairs, raw_weights
+from circuits.weights.token_pairs import TokenPair, TokenPairs, joined_tokens, written_logits
 
 __all__ = [
     "Composition",
@@ -24,9 +26,13 @@ __all__ = [
     "Factors",
     "Gate",
     "LayerWeights",
+    "LiveGraph",
     "OVCircuit",
     "QKCircuit",
     "Through",
+    "TokenPair",
+    "TokenPairs",
+    "both_ways",
     "build_graph",
     "connected_pairs",
     "direct_logits",
@@ -37,9 +43,11 @@ __all__ = [
     "head_composition",
     "incoming",
     "incoming_through",
+    "joined_tokens",
     "neuron_directions",
     "outgoing",
     "ov_circuit",
     "qk_circuit",
     "raw_weights",
+    "written_logits",
 ]

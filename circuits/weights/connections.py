@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
@@ -105,13 +105,43 @@ def incoming(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
             is not positive, or the model is edited.
     """
     _check_top(top)
-    target = model.unit(unit)
-    if why := not_written(model, target):
+    target, layers = model.unit(unit), model.weight_layers
+    if why := not_written(model, target, layers):
         raise ValueError(why)
-    _warn_of_lost(model, target)
+    return _into(model, target, top, layers)
+
+
+def outgoing(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connection]:
+    """The strongest connections from a unit, to units of the sites directly after it.
+
+    Arguments and errors are those of `incoming`.
+    """
+    _check_top(top)
+    return _from(model.unit(unit), top, model.weight_layers)
+
+
+def both_ways(
+    model: HookedModel, unit: str | Unit, top: int = 10
+) -> tuple[list[Connection], list[Connection]]:
+    """The strongest connections into a unit and from it, as `incoming` and `outgoing` give them; the model's weights,
+    which are hashed whenever they are read, are read once.
+
+    Arguments and errors are those of `incoming`, except that a unit which no layer writes has none into it.
+    """
+    _check_top(top)
+    one, layers = model.unit(unit), model.weight_layers
+    writers = [layer for layer in layers if one.index in written(layer, one.site)]
+    into = _into(model, one, top, layers) if any(w.reads or not w.lost for w in writers) else []
+    return into, _from(one, top, layers)
+
+
+def _into(
+    model: HookedModel, target: Unit, top: int, layers: Sequence[WeightLayer]
+) -> list[Connection]:
+    _warn_of_lost(model, target, layers)
     wanted = torch.tensor([target.index])
     found: list[Connection] = []
-    for layer in model.weight_layers:
+    for layer in layers:
         # Several layers can write one site (branches of a concatenation, summands of a residual sum), each some units.
         if target.index not in written(layer, target.site):
             continue
@@ -124,17 +154,11 @@ def incoming(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
     return sorted(found, key=lambda c: -c.norm)[:top]
 
 
-def outgoing(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connection]:
-    """The strongest connections from a unit, to units of the sites directly after it.
-
-    Arguments and errors are those of `incoming`.
-    """
-    _check_top(top)
-    source = model.unit(unit)
+def _from(source: Unit, top: int, layers: Sequence[WeightLayer]) -> list[Connection]:
     wanted = torch.tensor([source.index])
     found: list[Connection] = []
-    read = directly_read(model)
-    for layer in model.weight_layers:
+    read = directly_read(layers)
+    for layer in layers:
         links = [link for link in layer.reads if link.site == source.site]
         site = nearest_written(layer, read)
         # A layer that reads the site may still not read this unit (a slice, or groups of a convolution).
@@ -148,9 +172,16 @@ def outgoing(model: HookedModel, unit: str | Unit, top: int = 10) -> list[Connec
     return sorted(found, key=lambda c: -c.norm)[:top]
 
 
-def not_written(model: HookedModel, unit: Unit) -> str:
-    """Why a unit has no incoming weights: no layer is found that writes it, or none of what that reads. Else empty."""
-    layers = [layer for layer in model.weight_layers if unit.index in written(layer, unit.site)]
+def not_written(model: HookedModel, unit: Unit, known: Sequence[WeightLayer] | None = None) -> str:
+    """Why a unit has no incoming weights: no layer is found that writes it, or none of what that reads. Else empty.
+
+    Args:
+        model: the model.
+        unit: the unit.
+        known: the model's layers, if the caller has them already.
+    """
+    every = model.weight_layers if known is None else known
+    layers = [layer for layer in every if unit.index in written(layer, unit.site)]
     ends = [(m.name, m.end(unit.site, "writes")) for m in model.matrices] if not layers else []
     if names := [name for name, end in ends if end is not None and len(end.of((unit.index,)))]:
         return (
@@ -171,9 +202,9 @@ def not_written(model: HookedModel, unit: Unit) -> str:
     )
 
 
-def _warn_of_lost(model: HookedModel, unit: Unit) -> None:
+def _warn_of_lost(model: HookedModel, unit: Unit, layers: Sequence[WeightLayer]) -> None:
     """Log of each layer that writes a unit which part of its input could not be followed to any site."""
-    for layer in model.weight_layers:
+    for layer in layers:
         if layer.lost and unit.index in written(layer, unit.site):
             log.warning(
                 "layer %s of %s also reads what comes through %s, which is not followed: weights from there are "
@@ -181,9 +212,9 @@ def _warn_of_lost(model: HookedModel, unit: Unit) -> None:
             )  # fmt: skip
 
 
-def directly_read(model: HookedModel) -> set[str]:
+def directly_read(layers: Iterable[WeightLayer]) -> set[str]:
     """The sites that some layer reads directly."""
-    return {r.site for layer in model.weight_layers for r in layer.reads if r.direct}
+    return {r.site for layer in layers for r in layer.reads if r.direct}
 
 
 def nearest_written(layer: WeightLayer, read: Set[str]) -> str | None:

@@ -24,7 +24,7 @@ from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.lone_heads import LoneHead, lone_head
 from circuits.models.adapter.rotation import rotations
 from circuits.models.adapter.transformer import Transformer
-from circuits.tensors import random_frame
+from circuits.tensors import at_least_single, random_frame
 from circuits.units import Unit
 
 OFFSETS = (-1, 0)
@@ -375,4 +375,6 @@ def direct_logits(model: HookedModel, neuron: str | Unit) -> Float[Tensor, " tok
     transformer = Transformer(model)
     layer, index = transformer.neuron(neuron)
     written = composition.written_weights(transformer, layer)[index]
-    return written @ composition.read_weights(transformer, None)
+    weight = at_least_single(transformer.unembedding()[0])
+    # The vector through the normalisation, and not all of W_U through its adjoint: the vocabulary may be large.
+    return transformer.norm("final").linear(written).to(weight) @ weight

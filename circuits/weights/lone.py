@@ -110,10 +110,12 @@ def incoming_through(
             sites has no rule in `expand_weights`.
     """
     target = model.unit(unit)
+    if not isinstance(model.input, ImageInput):  # weights are expanded over images only
+        return None
     reads = incoming(
         model, target, 2 if top == 1 else top
     )  # one connection of several is not the only one
-    lone = _lone(model, reads) if isinstance(model.input, ImageInput) else []
+    lone = _lone(model, reads)
     if not lone:
         return None
     given = None if examples is None else as_examples(model, examples)

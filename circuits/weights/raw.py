@@ -81,8 +81,9 @@ def connected_pairs(model: HookedModel) -> Iterator[Pair]:
     Raises:
         ValueError: if the model is edited, or its weights cannot be followed.
     """
-    read = directly_read(model)
-    for layer in model.weight_layers:
+    layers = model.weight_layers
+    read = directly_read(layers)
+    for layer in layers:
         target = nearest_written(layer, read)
         if target is None:
             continue
