@@ -1,10 +1,10 @@
 """What scores of all edges cost, compared with the passes that they are made of.
 
-`stories260k`, pairs of the pronoun task, its 1,701 edges; or `--model smollm2 --task indirect-object --pairs 64`, not with
-exact noising of its 70,651. EAP-IG with five steps, everything included, over five bare forward and backward passes of
-the same texts (target: at most 1.6; of smollm2 2). Exact noising of every edge over one bare forward pass an edge
-(target: at most 1/8 with 8 pairs, 1/2 with 64). Ways take turns in one process, on one thread; times are of the
-processor, ratios are medians over rounds.
+`stories260k`, pairs of the pronoun task, its 1,701 edges; or `--model smollm2 --task indirect-object --pairs 64`,
+without exact noising of its 70,651. EAP-IG with five steps, everything included, over five bare forward and backward
+passes of the same texts (target: at most 1.6; of smollm2 2). Exact noising of every edge over one bare forward pass
+an edge (target: at most 1/8 with 8 pairs, 1/2 with 64). Ways take turns in one process, on one thread; times are of
+the processor, ratios are medians over rounds.
 """
 
 from __future__ import annotations
