@@ -1,0 +1,161 @@
+"""Tests of heads' roles with corrections, and copying by weights, on networks whose heads are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from circuits.examples import Examples
+from circuits.experiments.statistics import corrected, mean_ps
+from circuits.localization import copying_heads, judge_heads, score_heads
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.zoo.loading import load_model
+
+
+def test_the_one_head_that_copies_by_hand_is_found_and_no_other() -> None:
+    """Layer 1's first head copies into what the logits read; the others write where nothing reads."""
+    model = load_model("induction-by-hand")
+    found = copying_heads(model, range(5, 25), [0])
+    copies, lowers = found.roles()
+    assert [t.head for t in copies.found] == ["1.0"]
+    assert lowers.absent
+    own = copies.of("1.0")
+    assert (own.value.value, own.chance) == (1.0, 0.5)
+    assert found.in_top[found.heads.index("1.0")].all()
+    # All logits are equal where a head writes what nothing reads: half of the others count as lower.
+    assert np.allclose(np.delete(found.standing, found.heads.index("1.0"), 0), 0.5)
+    assert (copies.n_tests, copies.correction) == (6, "holm")
+
+
+def test_a_head_that_is_turned_round_lowers_what_it_reads() -> None:
+    model = load_model("induction-by-hand")
+    with torch.no_grad():
+        model.parameters["blocks.1.attn.o.weight"][:, :64].neg_()  # the columns of its first head
+    copies, lowers = copying_heads(model, range(5, 25), [0]).roles("benjamini-hochberg")
+    assert copies.absent
+    assert [t.head for t in lowers.found] == ["1.0"]
+
+
+def test_copying_by_a_loop(bridge: HookedModel) -> None:
+    tokens, front = [3, 7, 1, 9], [2, 5]
+    found = copying_heads(bridge, tokens, front, after=0, permutations=50)
+    weights = {letter: [b.attn for b in bridge.module.blocks] for letter in "VO"}
+    for layer in range(2):
+        for h in range(4):
+            for i, token in enumerate(tokens):
+                name = "blocks.0.hook_resid_post"
+                x = bridge.run(torch.tensor([[*front, token]]), read=[name])[name][0, -1].double()
+                x = (
+                    x - x.mean()
+                )  # the linear part of the normalisations, whose gains the next lines apply
+                gain = bridge.module.blocks[layer].ln1.weight.double()
+                v = (x * gain) @ weights["V"][layer].W_V[h].double()
+                written = v @ weights["O"][layer].W_O[h].double()
+                written = (written - written.mean()) * bridge.module.ln_final.weight.double()
+                logits = (written @ bridge.module.W_U.double()).detach()
+                others = [float(logits[t]) for t in tokens if t != token]
+                lower = np.mean([o < float(logits[token]) for o in others])
+                assert found.standing[4 * layer + h, i] == pytest.approx(lower)
+                rank = int((logits > logits[token]).sum())
+                assert found.in_top[4 * layer + h, i] == (rank < 5)
+
+
+def test_by_chance_no_head_copies(bridge: HookedModel) -> None:
+    """Of eight heads with random weights none does, after the correction; p-values are not always the smallest."""
+    copies, lowers = copying_heads(bridge, range(1, 12), [0], seed=3).roles()
+    assert copies.absent
+    assert lowers.absent
+    assert max(t.p_value for t in copies.tests) == 1
+
+
+def test_heads_are_judged_by_paired_tests_that_are_corrected() -> None:
+    rng = np.random.default_rng(0)
+    values, chance = rng.normal(size=(2, 6, 40))
+    values[1] += 2
+    values[4] -= 2
+    clusters = [i // 2 for i in range(40)]
+    heads = [f"0.{h}" for h in range(6)]
+    above = judge_heads(
+        "mover", heads, values, chance, measure="effect", clusters=clusters, n_tests=9
+    )
+    below = judge_heads(
+        "mover", heads, values, chance, measure="effect", clusters=clusters, side="below"
+    )
+    assert [t.head for t in above.found] == ["0.1"]
+    assert [t.head for t in below.found] == ["0.4"]
+    raw = mean_ps(values - chance, clusters)
+    assert [t.p_value for t in below.tests] == list(corrected(raw))
+    assert above.of("0.1").p_value == pytest.approx(9 * raw[1])
+    assert above.of("0.1").chance == pytest.approx(chance[1].mean())
+    said = above.to_dict(2)
+    assert (said["found"], said["absent"], said["n_tests"]) == (["0.1"], False, 9)
+    assert [h["head"] for h in said["heads"]] == ["0.1", "0.4"]
+
+
+def test_without_the_first_token_scores_are_shares_of_the_rest_by_a_loop(
+    bridge: HookedModel,
+) -> None:
+    rows = [[1, 2, 3, 1, 2, 3, 1], [5, 4, 5, 4, 4, 5, 4]]
+    found = score_heads(bridge, examples=Examples.texts(bridge, rows), first=False)
+    for i, row in enumerate(rows):
+        for layer in range(2):
+            name = f"blocks.{layer}.attn.hook_pattern"
+            pattern = bridge.run(torch.tensor([row]), read=[name])[name][0].double()
+            for h in range(4):
+                for k, kind in enumerate(found.kinds):
+                    there = rest = 0.0
+                    for q in range(len(row)):
+                        keys = [
+                            key for key in range(1, len(row))
+                            if {
+                                "previous_token": key == q - 1 and q > 2,  # at 2 only the first token is left
+                                "duplicate_token": key < q and row[key] == row[q],
+                                "induction": key <= q and key - 1 < q and row[key - 1] == row[q],
+                            }[kind]
+                        ]  # fmt: skip
+                        if keys:
+                            there += float(pattern[h, q, keys].sum())
+                            rest += float(pattern[h, q, 1:].sum())
+                    assert found.scores[k, 4 * layer + h, i] == pytest.approx(
+                        there / rest, abs=1e-6
+                    )
+
+
+def test_a_sink_hides_a_head_and_without_it_the_head_is_found(bridge: HookedModel) -> None:
+    """A head pays nine tenths of its attention to the first token, and the rest to the previous one."""
+
+    def sunk(value: torch.Tensor) -> torch.Tensor:
+        made, n = value.clone(), value.shape[2]
+        made[:, 1] = 0.1 * torch.eye(n).roll(-1, 1).to(value)
+        made[:, 1, :, 0] += 0.9
+        return made
+
+    with bridge.intervening({"blocks.0.attn.hook_pattern": sunk}):
+        hidden = score_heads(bridge, ["previous_token"], n=8).of("previous_token")
+        shown = score_heads(bridge, ["previous_token"], n=8, first=False).of("previous_token")
+    assert str(shown[0].head) == "blocks.0.attn.hook_pattern:1"
+    assert shown[0].score == pytest.approx(1)
+    assert max(s.score for s in hidden if str(s.head) == "blocks.0.attn.hook_pattern:1") < 0.11
+
+
+def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel) -> None:
+    values = np.ones((2, 3))
+    asked = [
+        (lambda: copying_heads(branches, [1, 2, 3], [0]), "takes images: expected a model of tokens"),
+        (lambda: copying_heads(bridge, [1, 1, 2], [0]), "expected at least 3, all different"),
+        (lambda: copying_heads(bridge, [1, 2, 3], [0], after=2), "after 2: expected a layer, 0 to 1"),
+        (lambda: copying_heads(bridge, [1, 2, 3], [0], permutations=-1), "permutations -1: expected 0 or more"),
+        (lambda: copying_heads(bridge, [1, 2, 99999], [0]), "token 99999 is not in the vocabulary"),
+        (lambda: judge_heads("r", ["0.0"], values, measure="m"), "values have 2 rows: expected one for each of 1"),
+        (lambda: judge_heads("r", ["a", "b"], values, measure="m", n_tests=1), "n_tests 1: expected at least"),
+        (lambda: judge_heads("r", ["a", "b"], values, values[:1], measure="m"), r"chance has shape \(1, 3\)"),
+        (lambda: judge_heads("r", ["a", "b"], values, measure="m", clusters=[0, 0, 0]), "at least two clusters"),
+        (lambda: judge_heads("r", ["a", "b"], values, measure="m", side="x"), "side 'x': expected one of above, below"),  # type: ignore[arg-type]
+    ]  # fmt: skip
+    for make, message in asked:
+        with pytest.raises(ValueError, match=message) as raised:
+            make()
+        assert "\n" not in str(raised.value)
+    with pytest.raises(KeyError, match=r"head '9\.9' was not tested"):
+        judge_heads("r", ["a", "b"], values, measure="m").of("9.9")
