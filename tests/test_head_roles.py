@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from circuits.examples import Examples
 from circuits.experiments.statistics import corrected, mean_ps
-from circuits.localization import copying_heads, judge_heads, score_heads
+from circuits.experiments import Context, Variant, run
+from circuits.localization import (
+    copying_heads,
+    direct_effects,
+    head_effects,
+    judge_heads,
+    score_heads,
+)
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
+from circuits.tasks.builtin import load_task
+from circuits.tasks.compiling import compile_task
+from circuits.tasks.items import Item
+from circuits.tasks.metrics import as_metric
 
 
 def test_the_one_head_that_copies_by_hand_is_found_and_no_other() -> None:
@@ -139,6 +152,64 @@ def test_a_sink_hides_a_head_and_without_it_the_head_is_found(bridge: HookedMode
     assert max(s.score for s in hidden if str(s.head) == "blocks.0.attn.hook_pattern:1") < 0.11
 
 
+# --- direct effects ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["", "kl", "logit_difference"])
+def test_direct_effects_are_those_of_path_patching(bridge: HookedModel, metric: str) -> None:
+    """Several counted positions, texts of two lengths, a last normalisation that is computed again or held."""
+    if metric == "logit_difference":
+        texts = ["1 2 3 4", "4 5 6", "2 2 7 1", "9 8 7"]
+        items = [Item(t, (" 8",), (" 1", " 2"), t.replace(t[0], "11", 1)) for t in texts]
+        task = compile_task(
+            bridge, [replace(i, answers=((8,),), against=((1,), (2,))) for i in items], name="own"
+        )
+    else:
+        task = load_task(bridge, "repeats", n=6)
+        task = task.with_metric(as_metric(metric)) if metric else task
+    own = direct_effects(bridge, task, batch=4)
+    peer = head_effects(bridge, task, n_random=0)
+    assert own.heads == peer.heads
+    np.testing.assert_allclose(own.values, peer.direct, atol=1e-5)
+    held = direct_effects(bridge, task, hold_norm=True)
+    np.testing.assert_allclose(held.values, peer.direct_held, atol=1e-5)
+    np.testing.assert_allclose(own.base, peer.grid.side().base, atol=1e-5)
+
+
+def test_with_heads_removed_the_rest_is_measured_in_the_changed_run(bridge: HookedModel) -> None:
+    task = load_task(bridge, "repeats", n=6)
+    own = direct_effects(bridge, task, without=["0.1", "1.2"])
+
+    def removed(context: Context, more: tuple[str, ...] = ()) -> dict:
+        def at(layer: int, heads: list[int]):
+            name = f"blocks.{layer}.attn.hook_z"
+
+            def change(value: torch.Tensor) -> torch.Tensor:
+                made = value.clone()
+                made[:, :, heads] = context.counterpart[name][:, :, heads].repeat(
+                    len(value) // len(context.counterpart[name]), 1, 1, 1
+                )
+                return made
+
+            return name, change
+
+        return dict([at(0, [1]), at(1, [2])])
+
+    sites = ("blocks.0.attn.hook_z", "blocks.1.attn.hook_z")
+    made = run(
+        bridge,
+        [Variant("removed", live=removed, sites=sites, reads=sites)],
+        task,
+        measures=[task.metric],
+    )
+    np.testing.assert_allclose(own.base, made.of(task.metric.name, "removed"), atol=1e-5)
+    # What carries the counterpart's output already has no direct effect left, and layer 0 has the one it had.
+    whole = direct_effects(bridge, task)
+    assert np.abs(own.values[[1, 6]]).max() == 0
+    assert np.abs(whole.values[[1, 6]]).max() > 1e-4
+    assert np.abs(own.values[4] - whole.values[4]).max() > 1e-6
+
+
 def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel) -> None:
     values = np.ones((2, 3))
     asked = [
@@ -157,5 +228,14 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
         with pytest.raises(ValueError, match=message) as raised:
             make()
         assert "\n" not in str(raised.value)
+    task = load_task(bridge, "repeats", n=4)
+    with pytest.raises(
+        ValueError, match=r"without 'mlp:0' is no head: expected some written layer\.head"
+    ):
+        direct_effects(bridge, task, without=["mlp:0"])
+    with pytest.raises(KeyError, match=r"7\.0"):
+        direct_effects(bridge, task, without=["7.0"])
+    with pytest.raises(ValueError, match="has no counterparts: there is nothing to patch from"):
+        direct_effects(bridge, replace(task, counterparts=None))
     with pytest.raises(KeyError, match=r"head '9\.9' was not tested"):
         judge_heads("r", ["a", "b"], values, measure="m").of("9.9")

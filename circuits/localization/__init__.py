@@ -8,6 +8,7 @@ from circuits.localization.attention import (
 )
 from circuits.localization.cells import Cell, GridPosition
 from circuits.localization.copying import Copying, copying_heads
+from circuits.localization.direct import DirectEffects, direct_effects
 from circuits.localization.grids import CellEffect, GridSide, PatchGrid
 from circuits.localization.heads import HeadScore, HeadScores, score_heads
 from circuits.localization.lens import Depth, Lens, LensTokens, lens_tokens, logit_lens
@@ -32,6 +33,7 @@ __all__ = [
     "CellEffect",
     "Copying",
     "Depth",
+    "DirectEffects",
     "GridPosition",
     "GridSide",
     "HeadEffect",
@@ -54,6 +56,7 @@ __all__ = [
     "attention_patterns",
     "contrastive_directions",
     "copying_heads",
+    "direct_effects",
     "head_effects",
     "image_attention",
     "judge_heads",
