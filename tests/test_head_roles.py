@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from circuits.examples import Examples
-from circuits.experiments.statistics import corrected, mean_ps
 from circuits.experiments import Context, Variant, run
+from circuits.experiments.statistics import corrected, mean_ps
 from circuits.localization import (
     copying_heads,
     direct_effects,

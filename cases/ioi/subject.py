@@ -23,7 +23,7 @@ MODEL = "tl:/tmp/work/smol/hf"
 """The model, as `circuits.load_model` takes it."""
 
 START = 1
-"""`<|im_start|>`: this tokenizer puts no token in front of a text, and the case puts this one there where it says so."""
+"""`<|im_start|>`: the tokenizer puts no token in front of a text, and the case puts this one there where it says so."""
 
 CORRUPTIONS = ("abc", "third_name", "swap")
 """The counterparts on which circuits are found: three other names; S2 is a third name; S2 is IO."""
@@ -79,7 +79,7 @@ class Sizes:
         """Those of a run."""
         if not options.fast:
             return cls()
-        return cls(24, 8, 12, 2, 100, 10, 4, 0, 4, 6, 2)
+        return cls(16, 8, 12, 2, 100, 2, 3, 0, 3, 18, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,16 +124,17 @@ def copying_heads(
         raise ValueError(f"permutations {permutations}: expected 0 or more")
     own = torch.tensor(tokens)
     stream = _stream(model, transformer, own, before, after)
-    unembed = composition.read_weights(transformer, None).double()
+    unembed_single = composition.read_weights(transformer, None).float()
+    unembed = unembed_single.double()
     heads, standing, in_top, all_of_them = [], [], [], []
     for layer, at in enumerate(transformer.layers):
         if not at.heads:
             continue
         for head in range(model.site(at.heads).n_units):
-            logits = stream @ head_read(transformer, "V", layer, head).weight
-            logits = logits @ head_write(transformer, layer, head) @ unembed
-            among = _standings(logits[:, own])
-            above = (logits > logits.gather(1, own[:, None])).sum(1)
+            written = stream @ head_read(transformer, "V", layer, head).weight
+            written = written @ head_write(transformer, layer, head)
+            among = _standings(written @ unembed[:, own])
+            above = _above(written, unembed_single, own)
             heads.append(f"{layer}.{head}")
             standing.append(among.diagonal().numpy().copy())
             in_top.append((above < TOP).double().numpy())
@@ -157,6 +158,16 @@ def _stream(
     inputs = torch.cat([front, own[:, None]], 1)
     site = model.site(transformer.layers[after].after)
     return model.run(inputs, read=[site], until=site)[site][:, -1].double().cpu()
+
+
+def _above(
+    written: Float[Tensor, "token d_model"],
+    unembed: Float[Tensor, "d_model vocabulary"],
+    own: Int[Tensor, " token"],
+) -> Int[Tensor, " token"]:
+    """How many logits of the whole vocabulary are higher than the token's own."""
+    logits = written.float() @ unembed  # the one large product: in single precision
+    return (logits > logits.gather(1, own[:, None])).sum(1)
 
 
 def _standings(logits: Float[Tensor, "read token"]) -> Float[Tensor, "read token"]:

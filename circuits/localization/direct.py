@@ -2,9 +2,9 @@
 
 Wang et al. 2022, "Interpretability in the Wild", section 3.1: the path from a head to the logits is patched from the
 counterpart's run. The logits read the stream with the head's contribution replaced, through the last normalisation,
-which is computed again; nothing else changes. So one pass of each run has all of it, for every head, where `head_effects`
-takes a pass for each (and measures total effects too). With heads that are removed from the run first, growth of others'
-direct effects shows what stands in for them (section 3.4, backup name movers).
+which is computed again; nothing else changes. One pass of each run therefore holds it for every head, where
+`head_effects` takes a pass for each (and measures total effects too). If heads are removed from the run first, the
+growth of others' direct effects shows what stands in for them (section 3.4, backup name movers).
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def _batch(
     before = {
         w.before for s in heads if (w := stream.writers(s.layer, "attention")).norm is not None
     }
+    assert part.counterparts is not None, "checked before"
     other = model.run(part.counterparts, mask=part.mask, read=sites)
     put = {
         site: _put(stream, [s for s in removed if stream.output_site(s) == site], other[site])
@@ -190,6 +191,6 @@ def _check(model: HookedModel, given: Tensor, weights: Tensor, shifts: Tensor, o
     off = (given @ weights + shifts - out).abs().max()
     if float(off) > _TOLERANCE * float(out.abs().max()):
         raise ValueError(
-            f"model {model.name}: its logits are not the unembedding of its stream (capped or scaled), so direct effects "
-            "have no closed form: expected a model without, or head_effects"
+            f"model {model.name}: its logits are not the unembedding of its stream (capped or scaled), so direct "
+            "effects have no closed form: expected a model without, or head_effects"
         )
