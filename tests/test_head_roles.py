@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from circuits.examples import Examples
-from circuits.experiments import Context, Variant, run
+from circuits.experiments import Context, run
 from circuits.experiments.statistics import corrected, mean_ps
 from circuits.localization import (
     copying_heads,
@@ -18,6 +18,7 @@ from circuits.localization import (
     judge_heads,
     score_heads,
 )
+from circuits.localization.head_variants import exchanged_heads, mean_changes, moved_heads
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.zoo.loading import load_model
 from circuits.tasks.builtin import load_task
@@ -180,28 +181,8 @@ def test_with_heads_removed_the_rest_is_measured_in_the_changed_run(bridge: Hook
     task = load_task(bridge, "repeats", n=6)
     own = direct_effects(bridge, task, without=["0.1", "1.2"])
 
-    def removed(context: Context, more: tuple[str, ...] = ()) -> dict:
-        def at(layer: int, heads: list[int]):
-            name = f"blocks.{layer}.attn.hook_z"
-
-            def change(value: torch.Tensor) -> torch.Tensor:
-                made = value.clone()
-                made[:, :, heads] = context.counterpart[name][:, :, heads].repeat(
-                    len(value) // len(context.counterpart[name]), 1, 1, 1
-                )
-                return made
-
-            return name, change
-
-        return dict([at(0, [1]), at(1, [2])])
-
-    sites = ("blocks.0.attn.hook_z", "blocks.1.attn.hook_z")
-    made = run(
-        bridge,
-        [Variant("removed", live=removed, sites=sites, reads=sites)],
-        task,
-        measures=[task.metric],
-    )
+    removed = exchanged_heads("removed", bridge, ["0.1", "1.2"])
+    made = run(bridge, [removed], task, measures=[task.metric])
     np.testing.assert_allclose(own.base, made.of(task.metric.name, "removed"), atol=1e-5)
     # What carries the counterpart's output already has no direct effect left, and layer 0 has the one it had.
     whole = direct_effects(bridge, task)
@@ -239,3 +220,63 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
         direct_effects(bridge, replace(task, counterparts=None))
     with pytest.raises(KeyError, match=r"head '9\.9' was not tested"):
         judge_heads("r", ["a", "b"], values, measure="m").of("9.9")
+
+
+# --- variants ------------------------------------------------------------------------------------
+
+
+def test_heads_are_moved_at_the_counted_position_and_nowhere_else(bridge: HookedModel) -> None:
+    """Moved once along the change of each template, heads put out on average what they do in the counterparts."""
+    texts = {"one": ["1 2 3 4", "2 2 7 1"], "other": ["4 5 6", "9 8 7"]}
+    items = [
+        Item(t, ((8,),), ((1,),), t.replace(t[0], "11", 1), template=name, group=t)
+        for name, some in texts.items() for t in some
+    ]  # fmt: skip
+    task = compile_task(bridge, items, name="own")
+    heads, site = ["0.2", "1.0"], "blocks.0.attn.hook_z"
+    along = mean_changes(bridge, task, heads)
+    assert set(along) == {"one", "other"}
+    by_hand = []
+    for text in texts["one"]:
+        tokens = torch.tensor([[int(w) for w in text.split()], [11, *map(int, text.split()[1:])]])
+        z = bridge.run(tokens, read=[site])[site][:, -1, 2]
+        by_hand.append(z[1] - z[0])
+    torch.testing.assert_close(along["one"][site][0].float(), torch.stack(by_hand).mean(0))
+    seen: dict[str, torch.Tensor] = {}
+    still = {t: {s: 0 * v for s, v in vectors.items()} for t, vectors in along.items()}
+    variants = [
+        moved_heads(name, bridge, task, heads, vectors, 2.0) for name, vectors in (("moved", along), ("still", still))
+    ]  # fmt: skip
+    made = run(bridge, variants, task, measures=[task.metric])
+    np.testing.assert_array_equal(made.of(task.metric.name, "still"), made.of(task.metric.name))
+    for part in task.batches():
+        context = Context(part, {}, {})
+        z = bridge.run(part.inputs, mask=part.mask, read=[site])[site]
+        assert variants[0].live is not None
+        after = variants[0].live(context)[site](z)
+        for row, i in enumerate(part.which):
+            (end,) = task.questions[i].positions or ()
+            expected = z[row].clone()
+            expected[end, 2] += 2 * along[task.questions[i].template][site][0].float()
+            torch.testing.assert_close(after[row], expected)
+            seen[task.examples.names[i]] = after[row]
+    assert len(seen) == 4
+
+
+def test_exchanged_heads_do_what_path_patching_into_everything_does(bridge: HookedModel) -> None:
+    task = load_task(bridge, "repeats", n=6)
+    made = run(bridge, [exchanged_heads("x", bridge, ["0.3"])], task, measures=[task.metric])
+    total = head_effects(bridge, task, ["0.3"], n_random=0).total[0]
+    own = made.of(task.metric.name, "x") - made.of(task.metric.name)
+    np.testing.assert_allclose(own, total, atol=1e-5)
+
+
+def test_variants_of_what_is_no_head_are_refused(bridge: HookedModel) -> None:
+    task = load_task(bridge, "repeats", n=4)
+    with pytest.raises(ValueError, match="head 'mlp:0' is no head"):
+        exchanged_heads("x", bridge, ["mlp:0"])
+    with pytest.raises(ValueError, match="of task repeats: expected one counted position"):
+        mean_changes(bridge, task, ["0.1"])
+    one = compile_task(bridge, [Item("1 2", ((8,),), ((1,),), "3 2", template="t")] * 1, name="own")
+    with pytest.raises(KeyError, match="template 't' has no directions: expected one of u"):
+        moved_heads("x", bridge, one, ["0.1"], {"u": {}}, 1.0)

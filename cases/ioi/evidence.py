@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from cases.ioi import drawing
 from cases.ioi.subject import CORRUPTIONS, ORDERS, START, Subject, bare, layer_of
@@ -22,11 +20,16 @@ from circuits.discovery.found import circuit_graph
 from circuits.discovery.graphs import Mask
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.searching import values_of
-from circuits.experiments import Context, Variant, run
+from circuits.experiments import Variant, run
 from circuits.experiments.statistics import corrected, mean_intervals, mean_ps, p_value
 from circuits.figures import circuit_figure, faithfulness_figure
 from circuits.files import Keep, part_of
-from circuits.hooks import Change
+from circuits.localization.head_variants import (
+    HeadVectors,
+    exchanged_heads,
+    mean_changes,
+    moved_heads,
+)
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.selecting import select_sites
 from circuits.progress import Progress
@@ -57,12 +60,12 @@ def behaviour(subject: Subject) -> Stage:
     """How well the model does the task, with nothing and with `<|im_start|>` in front, and where attention sinks."""
     models = {"nothing": subject.model, "<|im_start|>": bare(subject.model, START)}
     n, seed = subject.sizes.behaviour, subject.options.seed
-    rows, sinks = [], {}
+    rows, sinks, left_out = [], {}, {}
     for front, model in models.items():
         task = TaskSpec("ioi", n, seed).compile(model)
         rows += _behaviour(front, task, seed)
         sinks[front] = _sink(model, task.subset(range(min(16, len(task)))))
-    left_out = {reason: list(names) for reason, names in task.left_out.items()}
+        left_out = {reason: list(names) for reason, names in task.left_out.items()}
     return Stage({"rows": rows, "sink": sinks, "left_out": left_out, "n": n})
 
 
@@ -285,9 +288,9 @@ def edits(subject: Subject, heads: Sequence[str], told: Progress) -> Stage:
     names, layers = subject.heads, [layer_of(h) for h in heads]
     free = {n: [h for h in names if layer_of(h) == n and h not in heads] for n in set(layers)}
     draws = [[str(rng.choice(free[n])) for n in layers] for _ in range(subject.sizes.random)]
-    predicted = _removed(subject.model, task.find, [heads])[0]
+    predicted = _removed(subject, task.find, [heads])[0]
     told(1, 5)
-    measured, *others = _removed(subject.model, task.test, [heads, *draws])
+    measured, *others = _removed(subject, task.test, [heads, *draws])
     told(3, 5)
     seed = subject.options.seed
     ablation = {
@@ -328,45 +331,21 @@ def _null_bar(what: str, values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _by_layer(heads: Sequence[str]) -> dict[str, list[int]]:
-    """Heads by the site of their layer's outputs."""
-    found: dict[str, list[int]] = {}
-    for head in heads:
-        layer, index = head.split(".")
-        found.setdefault(f"blocks.{layer}.attn.hook_z", []).append(int(index))
-    return found
+def _changed(
+    model: HookedModel, task: Task, variants: Sequence[Variant]
+) -> list[Float[np.ndarray, " example"]]:
+    """How the logit difference changes in each variant."""
+    made = run(model, variants, task, measures=[logit_difference])
+    name = logit_difference.name
+    return [made.of(name, v.name) - made.of(name) for v in variants]
 
 
 def _removed(
-    model: HookedModel, task: Task, sets: Sequence[Sequence[str]]
+    subject: Subject, task: Task, sets: Sequence[Sequence[str]]
 ) -> list[Float[np.ndarray, " example"]]:
-    """The change of the logit difference if heads put out what they put out in the counterpart's run."""
-
-    def removed(context: Context, heads: Sequence[str]) -> dict[str, Change]:
-        def at(site: str, own: list[int]) -> Change:
-            def change(value: Tensor) -> Tensor:
-                made, other = value.clone(), context.counterpart[site]
-                made[:, :, own] = other[:, :, own].repeat(len(value) // len(other), 1, 1, 1)
-                return made
-
-            return change
-
-        return {site: at(site, own) for site, own in _by_layer(heads).items()}
-
-    variants = []
-    for k, heads in enumerate(sets):
-        sites = tuple(_by_layer(heads))
-        variants.append(
-            Variant(str(k), live=partial(removed, heads=heads), sites=sites, reads=sites)
-        )
-    return _changes(model, task, variants)
-
-
-def _changes(
-    model: HookedModel, task: Task, variants: Sequence[Variant]
-) -> list[Float[np.ndarray, " example"]]:
-    made = run(model, variants, task, measures=[logit_difference])
-    return [made.of("logit_difference", v.name) - made.of("logit_difference") for v in variants]
+    """The same if each set of heads puts out what it puts out in the counterpart's run."""
+    variants = [exchanged_heads(str(k), subject.model, heads) for k, heads in enumerate(sets)]
+    return _changed(subject.model, task, variants)
 
 
 def _steering(subject: Subject, heads: Sequence[str], rng: np.random.Generator) -> dict[str, Any]:
@@ -377,15 +356,25 @@ def _steering(subject: Subject, heads: Sequence[str], rng: np.random.Generator) 
     directions of their own, since S2 is the other one of the two names there, and the two may cancel.
     """
     swap, seed = subject.task("swap", n=subject.sizes.heads), subject.options.seed
-    along = _difference(subject.model, swap.find, heads)
+    along = mean_changes(subject.model, swap.find, heads)
     drawn = [
         {order: _random_like(one, rng) for order, one in along.items()}
         for _ in range(subject.sizes.random)
     ]
     steps = []
+
+    def moved(
+        half: Task, directions: Sequence[Mapping[str, HeadVectors]], times: float
+    ) -> list[np.ndarray]:
+        variants = [
+            moved_heads(str(k), subject.model, half, heads, one, times)
+            for k, one in enumerate(directions)
+        ]
+        return _changed(subject.model, half, variants)
+
     for times in _STEPS:
-        (predicted,) = _moved(subject.model, swap.find, heads, [along], times)
-        measured, *others = _moved(subject.model, swap.test, heads, [along, *drawn], times)
+        (predicted,) = moved(swap.find, [along], times)
+        measured, *others = moved(swap.test, [along, *drawn], times)
         null = [float(o.mean()) for o in others]
         steps.append({
             "times": times, "predicted": interval_of(predicted, swap.find.clusters, seed),
@@ -404,75 +393,10 @@ def _steering(subject: Subject, heads: Sequence[str], rng: np.random.Generator) 
     }  # fmt: skip
 
 
-Vectors = Mapping[str, Tensor]
-"""Directions of some heads of a layer by the site of their outputs, head x d_head."""
-
-
-def _random_like(vectors: Vectors, rng: np.random.Generator) -> Vectors:
+def _random_like(vectors: HeadVectors, rng: np.random.Generator) -> HeadVectors:
     """Random directions, each as long as that of the head."""
     made = {}
     for site, own in vectors.items():
         drawn = torch.from_numpy(rng.standard_normal(own.shape)).to(own)
         made[site] = drawn * (own.norm(dim=1) / drawn.norm(dim=1))[:, None]
     return made
-
-
-def _difference(model: HookedModel, task: Task, heads: Sequence[str]) -> dict[str, Vectors]:
-    """The mean difference of heads' outputs at the last token between counterpart and clean run, by order."""
-    sites, found = _by_layer(heads), dict[str, Vectors]()
-    for order in ORDERS[1:]:
-        own = task.subset([i for i, q in enumerate(task.questions) if q.template == order])
-        total = {site: torch.zeros(()) for site in sites}
-        for part in own.batches():
-            assert part.counterparts is not None, "the task has counterparts"
-            clean, other = (
-                model.run(x, mask=part.mask, read=[*sites], until=model.last([*sites]))
-                for x in (part.inputs, part.counterparts)
-            )
-            ends = _ends(own, part.which)
-            for site, which in sites.items():
-                moved = (other[site] - clean[site])[torch.arange(len(ends)), ends]
-                total[site] = total[site] + moved[:, which].sum(0)
-        found[order] = {site: value / len(own) for site, value in total.items()}
-    return found
-
-
-def _ends(task: Task, which: Sequence[int]) -> Tensor:
-    """The position of the last token of each example of a batch."""
-    return torch.tensor([(task.questions[i].positions or (-1,))[0] for i in which])
-
-
-def _moved(
-    model: HookedModel,
-    task: Task,
-    heads: Sequence[str],
-    directions: Sequence[Mapping[str, Vectors]],
-    times: float,
-) -> list[Float[np.ndarray, " example"]]:
-    """The change of the logit difference if heads' outputs at the last token are moved along directions by order."""
-    sites = _by_layer(heads)
-
-    def moved(context: Context, along: Mapping[str, Vectors]) -> dict[str, Change]:
-        assert context.batch is not None, "called in an experiment"
-        which = context.batch.which
-        ends, orders = _ends(task, which), [task.questions[i].template for i in which]
-
-        def at(site: str, own: list[int]) -> Change:
-            by_example = torch.stack([along[order][site] for order in orders])
-
-            def change(value: Tensor) -> Tensor:
-                made, copies = value.clone(), len(value) // len(ends)
-                rows, places = torch.arange(len(value)), ends.repeat(copies)
-                for k, head in enumerate(own):
-                    made[rows, places, head] += times * by_example[:, k].repeat(copies, 1)
-                return made
-
-            return change
-
-        return {site: at(site, own) for site, own in sites.items()}
-
-    variants = [
-        Variant(str(k), live=partial(moved, along=one), sites=tuple(sites))
-        for k, one in enumerate(directions)
-    ]
-    return _changes(model, task, variants)

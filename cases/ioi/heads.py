@@ -57,19 +57,10 @@ def heads(subject: Subject, told: Progress) -> Stage:
         "seed": subject.options.seed,
         "unit": "logits",
     }
-    speaks, against = (
-        judge_heads(
-            role,
-            names,
-            direct,
-            measure="logit difference that is lost at the logits alone",
-            side=side,
-            **judged,
-        )
-        for role, side in (
-            ("speaks for the answer", "above"),
-            ("speaks against the answer", "below"),
-        )
+    lost = "logit difference that is lost at the logits alone"
+    speaks = judge_heads("speaks for the answer", names, direct, measure=lost, **judged)
+    against = judge_heads(
+        "speaks against the answer", names, direct, measure=lost, side="below", **judged
     )
     seen = attention_from_end(subject, task.test)
     told(2, 8)

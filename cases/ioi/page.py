@@ -328,6 +328,7 @@ def _corruptions(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _facts(results: Mapping[str, Any]) -> Iterator[str]:
+    names = [name for some in results["behaviour"]["left_out"].values() for name in some[:8]]
     seconds = {
         name: results[name]["seconds"]
         for name in ("behaviour", "heads", "edits", "circuit", "corruptions")
