@@ -15,7 +15,7 @@ from cases.stages import Stage
 from circuits.claims.specificity import common_means, damage
 from circuits.discovery import Runs, check_scores, evaluate, greedy, refine, score_edges
 from circuits.discovery.comparing import shared
-from circuits.discovery.finding import BY_WEIGHT, SWAPPED, swapped
+from circuits.discovery.finding import SWAPPED, swapped
 from circuits.discovery.found import circuit_graph
 from circuits.discovery.graphs import Mask
 from circuits.discovery.nulls import random_circuit
@@ -130,7 +130,6 @@ def circuit(subject: Subject, told: Progress, keep: Keep) -> Stage:
     told(3, 10)
     kept = greedy(graph, scores.worth(), sizes.edges)
     others = {SWAPPED: greedy(graph, other.worth(), sizes.edges)}
-    others[BY_WEIGHT] = greedy(graph, graph.weight_norms(), sizes.edges)
     made = evaluate(
         graph, task.test, kept, scores=scores if sizes.curves else None, find=task.find, others=others,
         n_random=sizes.random, n_curves=sizes.curves, seed=seed, keep=part_of(keep, "evaluation"),
@@ -182,7 +181,7 @@ def _against_greedy(
     randoms = [random_circuit(graph, smaller, rng) for _ in range(subject.sizes.random)]
     none, full = np.zeros(len(graph), bool), np.ones(len(graph), bool)
     values = values_of(
-        Runs(graph, test), [none, full, smaller, greedy(graph, worth, n), *randoms]
+        Runs(graph, test), [none, full, smaller, greedy(graph, worth, max(1, n)), *randoms]
     ).mean(1)
     f = ((values[2:] - values[0]) / (values[1] - values[0])).tolist()
     return {"n": n, "faithfulness": f[0], "by_scores": f[1], "random": f[2:]}
