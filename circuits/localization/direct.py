@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 from circuits.examples import BATCH
 from circuits.hooks import Change
 from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.norms import measure_norm
 from circuits.models.adapter.sites import main_output
 from circuits.models.adapter.transformer import Transformer
-from circuits.models.paths.contributions import input_change, stream_change, written_change
+from circuits.models.paths.contributions import norm_of
 from circuits.models.paths.residual import Receiver, Sender, Stream
 from circuits.models.paths.routes import stream_of
 from circuits.progress import Progress
@@ -105,6 +107,7 @@ def _batch(
     removed: Sequence[Sender],
     hold_norm: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
+    """The change of the metric by each head, head x example, and the metric itself."""
     model, logits = stream.model, Receiver("logits")
     sites, last = stream.sender_sites(heads), stream.stream_site(logits)
     before = {
@@ -112,54 +115,58 @@ def _batch(
     }
     assert part.counterparts is not None, "checked before"
     other = model.run(part.counterparts, mask=part.mask, read=sites)
-    put = {
-        site: _put(stream, [s for s in removed if stream.output_site(s) == site], other[site])
-        for site in sites
-    }
+    put = {s: _put([h for h in removed if stream.output_site(h) == s], other[s]) for s in sites}
     edits = {site: change for site, change in put.items() if change is not None}
     read = [*sites, *before, last, stream.input_site(logits)]
     intact = main_output(model.run(part.inputs, mask=part.mask).output) if removed else None
     own = model.run(part.inputs, mask=part.mask, read=read, edits=edits)
     out = main_output(own.output)
     places = part.places(out.shape[1])
-
-    def at(value: Tensor) -> Tensor:
-        """Each counted place as an example of one position, of one set."""
-        return value[places.row, places.position][None, :, None]
-
-    live = {name: at(own[name]) for name in (*before, last)}
-    written = {site: written_change(stream, site, at(own[site]), at(other[site])) for site in sites}
-    off = torch.zeros(len(heads), len(stream.senders), 1, device=out.device)
-    for i, head in enumerate(heads):
-        off[i, stream.senders.index(head)] = 1
-    moved = stream_change(stream, off, logits, written, live)
-    change = input_change(stream, [logits], live[last], moved, hold_norm)[:, :, 0]
+    at = (places.row, places.position)
     tokens, asked = _asked(metric, places)
     weights, shifts = Transformer(model).unembedding()
-    _check(
-        model,
-        at(own[stream.input_site(logits)])[0, :, 0],
-        weights,
-        shifts,
-        out[places.row, places.position],
-    )
+    _check(model, own[stream.input_site(logits)][at], weights, shifts, out[at])
     weights = weights if tokens is None else weights[:, tokens]
 
     def reading(value: Tensor) -> Reading:
-        rows = value[places.row, places.position]
-        return Reading(asked, (rows if tokens is None else rows[:, tokens]).double())
+        return Reading(asked, (value[at] if tokens is None else value[at][:, tokens]).double())
 
     now = reading(out)
     unchanged = now if intact is None else reading(intact)
-    base = metric.of(now, unchanged)
-    each = [
-        metric.of(replace(now, logits=now.logits + (c @ weights).double()), unchanged) - base
-        for c in change
-    ]
+    base, each = metric.of(now, unchanged), []
+    for head in heads:
+        site, after = stream.output_site(head), stream.writers(head.layer, "attention")
+        change = (other[site] - own[site])[at][:, head.head] @ stream.matrix("W_O", head.layer)[
+            head.head
+        ]
+        if after.norm is not None:  # what all heads add is normalised together
+            change = _moved(after.norm, own[after.before][at], change)
+        given = _moved(norm_of(stream, logits), own[last][at], change, hold_norm)
+        each.append(
+            metric.of(replace(now, logits=now.logits + (given @ weights).double()), unchanged)
+            - base
+        )
     return torch.stack(each).cpu().numpy(), base.cpu().numpy()
 
 
-def _put(stream: Stream, heads: Sequence[Sender], other: Tensor) -> Change | None:
+def _moved(
+    norm: Any,
+    before: Float[Tensor, "place d_model"],
+    change: Float[Tensor, "place d_model"],
+    held: bool = False,
+) -> Float[Tensor, "place d_model"]:
+    """The change of a normalisation's output, with its scale computed again or held."""
+    if held:
+        return (
+            measure_norm(norm, before.shape[-1], device=before.device)
+            .held(change, before)
+            .to(change)
+        )
+    # With an axis for the batch: modules that normalise may expect batch x position x d_model.
+    return (norm((before + change)[None]) - norm(before[None]))[0]
+
+
+def _put(heads: Sequence[Sender], other: Tensor) -> Change | None:
     """A change of a layer's heads that gives some of them what they put out in another run."""
     if not heads:
         return None
