@@ -33,6 +33,8 @@ LEAST = 0.3
 _SHOWN = 12
 """Heads of each role in `results.json`."""
 
+_KINDS = tuple(kind.replace("_", " ") for kind in KINDS)
+
 _STAND_INS = 3
 """How many heads stand in for a role that no head has, where later stages need some."""
 
@@ -86,7 +88,8 @@ def heads(subject: Subject, told: Progress) -> Stage:
         for c, tests_of in into.items()
     }
     places = {
-        h: {p: float(seen[p][names.index(h)].mean()) for p in seen} for h in _shown(roles, movers)
+        h: {p: float(seen[p][names.index(h)].mean()) for p in seen}
+        for h in _shown(roles, movers, inhibitors or _top(into["abc"]))
     }
     numbers: dict[str, Any] = {
         "roles": roles, "tests": tests, "movers": movers, "movers_found": bool(found), "signals": signals,
@@ -127,9 +130,10 @@ def _top(tests: RoleTests) -> list[str]:
     ]
 
 
-def _shown(roles: dict[str, Any], movers: Sequence[str]) -> list[str]:
-    of_roles = (h for role in roles.values() for h in role["found"][:_SHOWN])
-    return list(dict.fromkeys([*movers, *of_roles]))
+def _shown(roles: dict[str, Any], movers: Sequence[str], inhibitors: Sequence[str]) -> list[str]:
+    """The heads whose attention from the last token is listed: those that have to do with names."""
+    of_names = (h for name in roles if name not in _KINDS for h in roles[name]["found"][:_SHOWN])
+    return list(dict.fromkeys([*movers, *inhibitors, *of_names]))
 
 
 def _both(one: RoleTests, other: RoleTests) -> dict[str, Any]:
@@ -171,10 +175,10 @@ def _by_attention(subject: Subject) -> dict[str, Any]:
         subject.model, n=subject.sizes.texts, length=40, first=False, seed=subject.options.seed
     )
     made = {}
-    for kind in KINDS:
+    for name, kind in zip(_KINDS, KINDS, strict=True):
         rows = scored.of(kind)
         passed = [s for s in rows if s.is_one and s.score >= LEAST]
-        made[kind.replace("_", " ")] = {
+        made[name] = {
             "found": [_written(s.head.site, s.head.index) for s in passed], "absent": not passed,
             "above_chance": sum(s.is_one for s in rows), "chance_is": CHANCE[kind], "least": LEAST,
             "correction": "holm", "n_tests": len(scored.heads) * len(KINDS),

@@ -67,6 +67,8 @@ def write_page(
         "page asks which of it holds in SmolLM2-135M-Instruct: 30 layers of 9 heads, whose keys and values are shared "
         "by three. "
         f"{escape(in_words(results))}</p>",
+        "<p><b>A coarse run (--fast)</b>: with so few independent texts a role may be called absent that larger runs "
+        "find.</p>" if results["fast"] else "",
         table_of(COLUMNS, rows_of(results)),
         *_differences(results),
         *_behaviour(results["behaviour"]),

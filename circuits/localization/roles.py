@@ -96,7 +96,8 @@ class RoleTests:
 
     def to_dict(self, top: int) -> dict[str, Any]:
         """As JSON has it, with as many heads as `top` says: those that have the role, then those next to them."""
-        rest = sorted((t for t in self.tests if not t.holds), key=lambda t: t.p_value)
+        rest = [t for t in self.tests if not t.holds]
+        rest.sort(key=lambda t: (t.p_value, -abs(t.value.value - t.chance)))
         shown = [*self.found, *rest][:top]
         facts = {k: v for k, v in asdict(self).items() if k != "tests"}
         return finite(facts | {
