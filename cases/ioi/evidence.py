@@ -151,7 +151,7 @@ def circuit(subject: Subject, told: Progress, keep: Keep) -> Stage:
         "completeness_of_scores": scores.completeness, "edges": edges,
         "heads": sorted({e[0] for e in made.edges if e[0][0].isdigit()}, key=_order),
         "refined": refined | {"edges": [" -> ".join(graph.edges[i]) for i in np.flatnonzero(smaller).tolist()]},
-        "minimality": minimal, "specificity": _specificity(subject, task.test, kept), "find": len(task.find),
+        "swapped": said["others"][SWAPPED], "minimality": minimal, "specificity": _specificity(subject, task.test, kept), "find": len(task.find),
         "test": len(task.test), "independent": len(set(task.test.clusters)),
     }  # fmt: skip
     drawn = circuit_graph(
@@ -213,21 +213,34 @@ def _minimality(subject: Subject, test: Task, kept: Mask) -> dict[str, Any]:
 
 
 def _specificity(subject: Subject, test: Task, kept: Mask) -> dict[str, Any]:
-    """The damage that ablating the circuit by means does to its task and to others, next to random circuits."""
+    """The damage that ablating the circuit by means does to its task and to others, next to random circuits.
+
+    Edges out of the embedding and of MLPs carry the text itself, and random circuits of the same kinds have them too:
+    no task is left without them. So it is also measured of the edges out of heads alone.
+    """
     rng, graph = np.random.default_rng(subject.options.seed), subject.graph
     tasks = {"indirect-object": test} | {name: subject.other(name).test for name in OTHERS}
-    randoms = [random_circuit(graph, kept, rng) for _ in range(max(2, subject.sizes.random // 5))]
-    constants = common_means(graph, [*tasks.values()])
-    made = {}
-    for name, task in tasks.items():
-        own, *others = damage(graph, [kept, *randoms], task, constants)
-        effect = interval_of(own.effect, task.clusters, subject.options.seed)
-        share = own.lost.mean() / own.effect.mean()
-        null = [float(o.lost.mean() / o.effect.mean()) for o in others]
-        made[name] = {
-            "effect": effect, "defined": bool(effect["low"] > 0 or effect["high"] < 0), "damage": float(share),
-            "random": null, "accuracy": own.right[0], "accuracy_intact": own.right[1], "examples": len(task),
+    of_heads = kept & np.array([graph.sources[s][0].isdigit() for s in graph.ends[:, 0]])
+    n = max(2, subject.sizes.random // 5)
+    chosen = {"the circuit": kept, "its edges out of heads": of_heads}
+    randoms = {
+        name: [random_circuit(graph, own, rng) for _ in range(n)] for name, own in chosen.items()
+    }
+    constants, made = common_means(graph, [*tasks.values()]), dict[str, Any]()
+    for task_name, task in tasks.items():
+        circuits = [c for name, own in chosen.items() for c in (own, *randoms[name])]
+        rows = damage(graph, circuits, task, constants)
+        effect = interval_of(rows[0].effect, task.clusters, subject.options.seed)
+        made[task_name] = {
+            "effect": effect, "defined": bool(effect["low"] > 0 or effect["high"] < 0), "examples": len(task),
+            "accuracy_intact": rows[0].right[1], "ablated": {},
         }  # fmt: skip
+        for k, (name, own) in enumerate(chosen.items()):
+            first, *others = rows[k * (n + 1) : (k + 1) * (n + 1)]
+            made[task_name]["ablated"][name] = {
+                "edges": int(own.sum()), "damage": float(first.lost.mean() / first.effect.mean()),
+                "random": [float(o.lost.mean() / o.effect.mean()) for o in others], "accuracy": first.right[0],
+            }  # fmt: skip
     return made
 
 

@@ -286,16 +286,18 @@ def _circuit(found: Mapping[str, Any]) -> Iterator[str]:
         f"that are added (medians {minimal['median']:.3g} and {minimal['null_median']:.3g} logits).</p>"
     )
     rows = [
-        (task, interval_text(s["effect"], 2), s["damage"] if s["defined"] else "no clear effect", _range(s["random"]),
-         s["accuracy"], s["accuracy_intact"])
+        (task, interval_text(s["effect"], 2), f"{name} ({a['edges']})",
+         a["damage"] if s["defined"] else "no clear effect",
+         _range(a["random"]), f"{a['accuracy']:.2f} of {s['accuracy_intact']:.2f}")
         for task, s in found["specificity"].items()
+        for name, a in s["ablated"].items()
     ]  # fmt: skip
     yield (
-        "<p>Specificity: the damage that ablating the circuit does, by one mean for all tasks, over each task's own "
-        "effect:</p>"
+        "<p>Specificity: the damage that ablating edges does, by one mean for all tasks, over each task's own effect. "
+        "Edges out of the embedding and of MLPs carry the text itself, which no task can do without:</p>"
     )
     yield table_of(
-        ("task", "own effect", "damage", "random circuits", "accuracy then", "accuracy intact"),
+        ("task", "own effect", "ablated (edges)", "damage", "random circuits", "accuracy left"),
         rows,
     )
 
