@@ -151,7 +151,8 @@ def circuit(subject: Subject, told: Progress, keep: Keep) -> Stage:
         "completeness_of_scores": scores.completeness, "edges": edges,
         "heads": sorted({e[0] for e in made.edges if e[0][0].isdigit()}, key=_order),
         "refined": refined | {"edges": [" -> ".join(graph.edges[i]) for i in np.flatnonzero(smaller).tolist()]},
-        "swapped": said["others"][SWAPPED], "minimality": minimal, "specificity": _specificity(subject, task.test, kept), "find": len(task.find),
+        "swapped": said["others"][SWAPPED], "minimality": minimal, "specificity": _specificity(subject, task.test, kept),
+        "find": len(task.find),
         "test": len(task.test), "independent": len(set(task.test.clusters)),
     }  # fmt: skip
     drawn = circuit_graph(
