@@ -21,7 +21,7 @@ from circuits.discovery.graphs import Mask
 from circuits.discovery.nulls import random_circuit
 from circuits.discovery.searching import values_of
 from circuits.experiments import Variant, run
-from circuits.experiments.statistics import corrected, mean_intervals, mean_ps, p_value
+from circuits.experiments.statistics import UNBOUNDED, corrected, interval, mean_ps, p_value
 from circuits.figures import circuit_figure, faithfulness_figure
 from circuits.files import Keep, part_of
 from circuits.localization.head_variants import (
@@ -46,11 +46,14 @@ _STEPS = (-2.0, -1.0, 1.0, 2.0)
 
 
 def interval_of(
-    values: Float[np.ndarray, " example"], clusters: Sequence[int], seed: int
+    values: Float[np.ndarray, " example"],
+    clusters: Sequence[int],
+    seed: int,
+    within: tuple[float, float] = UNBOUNDED,
 ) -> dict[str, float]:
     """A mean with its interval over template instances."""
-    (made,) = mean_intervals(np.asarray(values, float)[None], clusters, seed)
-    return {"value": made.value, "low": made.low, "high": made.high}
+    low, high = interval(np.asarray(values, float), clusters=clusters, seed=seed, within=within)
+    return {"value": float(np.mean(values)), "low": low, "high": high}
 
 
 # --- 1. behaviour --------------------------------------------------------------------------------
@@ -85,10 +88,11 @@ def _behaviour(front: str, task: Task, seed: int) -> list[dict[str, Any]]:
             "independent": len(set(clusters)),
         }
         for name in MEASURES:
-            row[name] = interval_of(own.of(name)[rows], clusters, seed)
+            within = UNBOUNDED if name == "logit_difference" else (0.0, 1.0)
+            row[name] = interval_of(own.of(name)[rows], clusters, seed, within)
             row[f"{name}_by_chance"] = float(other.of(name)[rows].mean())
         right = own.of("logit_difference")[rows] > 0
-        row["io_above_s"] = interval_of(right, clusters, seed)
+        row["io_above_s"] = interval_of(right, clusters, seed, (0.0, 1.0))
         row["io_above_s_by_chance"] = float((other.of("logit_difference")[rows] > 0).mean())
         made.append(row)
     return made
@@ -151,8 +155,8 @@ def circuit(subject: Subject, told: Progress, keep: Keep) -> Stage:
         "completeness_of_scores": scores.completeness, "edges": edges,
         "heads": sorted({e[0] for e in made.edges if e[0][0].isdigit()}, key=_order),
         "refined": refined | {"edges": [" -> ".join(graph.edges[i]) for i in np.flatnonzero(smaller).tolist()]},
-        "swapped": said["others"][SWAPPED], "minimality": minimal, "specificity": _specificity(subject, task.test, kept),
-        "find": len(task.find),
+        "swapped": said["others"][SWAPPED], "minimality": minimal,
+        "specificity": _specificity(subject, task.test, kept), "find": len(task.find),
         "test": len(task.test), "independent": len(set(task.test.clusters)),
     }  # fmt: skip
     drawn = circuit_graph(

@@ -112,7 +112,10 @@ def _differences(results: Mapping[str, Any]) -> Iterator[str]:
     agrees, differs = [], []
     for role, known in _GPT2.items():
         found = roles[role]["found"]
-        line = f"{role}: {', '.join(found) if found else 'no head'} (GPT-2 small: {known})"
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        line = (
+            f"{role}: {', '.join(found[:8]) if found else 'no head'}{more} (GPT-2 small: {known})"
+        )
         (agrees if bool(found) == (known != "none named") else differs).append(line)
     direct = results["heads"]["tests"]["direct"]["heads"]
     if direct:
