@@ -15,7 +15,7 @@ from circuits.figures import Figure, attention_figure
 from circuits.figures.charts import BLUE, GREY, ORANGE, cells, data, signed, sized
 from circuits.localization import AttentionPatterns
 
-DRAWN = 45
+DRAWN = 30
 """As many edges of a circuit are drawn: those that matter most."""
 
 
