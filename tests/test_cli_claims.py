@@ -384,7 +384,9 @@ def test_cases_are_as_recorded():
         recorded = read_recorded(path, file)
         assert recorded is not None
         assert recorded.exit_code(file) == 0
-        assert recorded.seconds < 300
+        assert recorded.seconds < (
+            600 if path.parent.name == "ioi" else 300
+        )  # recorded at a load of 9 on 2 cores
         assert path.parent.name == "ioi" or file.model_hash == load_model(file.model).hash
         assert any(claim.expect == "refuted" for claim in file.claims)
 
