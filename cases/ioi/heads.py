@@ -69,12 +69,12 @@ def heads(subject: Subject, told: Progress) -> Stage:
     movers = [h for h in found if copies.of(h).holds or lowers.of(h).holds] or found[:_STAND_INS]
     into = _into_queries(subject, movers)
     told(6, 8)
-    grown, removed = _backups(subject, task.test, direct, movers, judged)
+    grown, after, removed = _backups(subject, task.test, direct, movers, judged)
     told(7, 8)
     roles = _by_attention(subject) | {
         "name mover": _both(speaks, copies), "negative name mover": _both(against, lowers),
         "S suppressor": _both(speaks, lowers), "S-inhibition": into["abc"].to_dict(_SHOWN),
-        "backup name mover": _both(grown, copies),
+        "backup name mover": _both(grown, copies, after),
     }  # fmt: skip
     tests = {
         "direct": speaks.to_dict(_SHOWN), "against": against.to_dict(_SHOWN), "copies": copies.to_dict(_SHOWN),
@@ -136,13 +136,14 @@ def _shown(roles: dict[str, Any], movers: Sequence[str], inhibitors: Sequence[st
     return list(dict.fromkeys([*movers, *inhibitors, *of_names]))
 
 
-def _both(one: RoleTests, other: RoleTests) -> dict[str, Any]:
-    """A role that takes two tests: the heads that pass both."""
-    passed = [t.head for t in one.found if other.of(t.head).holds]
-    rest = [t.head for t in one.found if t.head not in passed]
+def _both(one: RoleTests, *others: RoleTests) -> dict[str, Any]:
+    """A role that takes several tests: the heads that pass all of them."""
+    passed = [t.head for t in one.found if all(other.of(t.head).holds for other in others)]
+    every = (one, *others)
     return {
-        "found": passed, "absent": not passed, "only_the_first_test": rest, "tests": [one.role, other.role],
-        "heads": [{"head": h, one.role: _said(one.of(h)), other.role: _said(other.of(h))} for h in passed],
+        "found": passed, "absent": not passed, "only_the_first_test": [t.head for t in one.found if t.head not in passed],
+        "tests": [test.role for test in every],
+        "heads": [{"head": h} | {test.role: _said(test.of(h)) for test in every} for h in passed],
     }  # fmt: skip
 
 
@@ -254,7 +255,7 @@ def _backups(
     direct: Float[np.ndarray, "head example"],
     movers: Sequence[str],
     judged: dict[str, Any],
-) -> tuple[RoleTests, dict[str, Any]]:
+) -> tuple[RoleTests, RoleTests, dict[str, Any]]:
     """How direct effects grow when the movers are removed, compared with random heads of their layers removed."""
     rng, names = np.random.default_rng(subject.options.seed), subject.heads
     without = direct_effects(subject.model, test, without=movers)
@@ -270,8 +271,13 @@ def _backups(
         "grows when movers are removed", names, -without.values - direct, chance,
         measure="growth of the direct effect", chance_is="as many random heads of their layers removed", **judged,
     )  # fmt: skip
-    return grown, {
+    # A head that speaks against the answer also grows when it does so less: a backup speaks for it in the end.
+    after = judge_heads(
+        "speaks for the answer then", names, -without.values, measure="direct effect with the movers removed", **judged
+    )  # fmt: skip
+    left = {
         "heads": list(movers),
         "logit_difference_left": float(without.base.mean()),
         "others": others,
     }
+    return grown, after, left
