@@ -141,7 +141,8 @@ def _both(one: RoleTests, *others: RoleTests) -> dict[str, Any]:
     passed = [t.head for t in one.found if all(other.of(t.head).holds for other in others)]
     every = (one, *others)
     return {
-        "found": passed, "absent": not passed, "only_the_first_test": [t.head for t in one.found if t.head not in passed],
+        "found": passed, "absent": not passed,
+        "only_the_first_test": [t.head for t in one.found if t.head not in passed],
         "tests": [test.role for test in every],
         "heads": [{"head": h} | {test.role: _said(test.of(h)) for test in every} for h in passed],
     }  # fmt: skip
