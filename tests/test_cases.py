@@ -17,10 +17,12 @@ from cases.curve_detector.stage import Options
 from cases.imagenet.evidence import _at_eyes, rate_p
 from cases.imagenet.names import _curves, _directions, text_of
 from cases.imagenet.photographs import shuffled_model
+from cases.ioi.evidence import grown
 from cases.ioi.heads import _both
 from cases.ioi.page import in_words
 from circuits.cli.main import run
 from circuits.concepts import read_names
+from circuits.discovery.streams import StreamGraph
 from circuits.localization import judge_heads
 from circuits.models.zoo.loading import load_model
 
@@ -301,6 +303,16 @@ def test_names_of_imagenet_have_their_evidence(found: tuple[dict, Path]) -> None
 
 
 # --- indirect objects ----------------------------------------------------------------------------
+
+
+def test_a_circuit_that_is_too_small_to_reach_the_input_grows_until_it_does() -> None:
+    graph = StreamGraph(load_model("induction-by-hand"))
+    worth = np.linspace(1, 0, len(graph))
+    worth[graph.mask(["1.0 -> logits"])] = 2
+    kept = grown(graph, worth, 1)
+    assert kept.any()
+    assert (graph.connected(kept) == kept).all()
+    assert (grown(graph, worth, len(graph)) == graph.connected(np.ones(len(graph), bool))).all()
 
 
 def test_a_role_of_two_tests_is_held_by_heads_that_pass_both() -> None:

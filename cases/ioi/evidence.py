@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from circuits.discovery import Runs, check_scores, evaluate, greedy, refine, sco
 from circuits.discovery.comparing import shared
 from circuits.discovery.finding import SWAPPED, swapped
 from circuits.discovery.found import circuit_graph
-from circuits.discovery.graphs import Mask
+from circuits.discovery.graphs import EdgeGraph, Mask
 from circuits.discovery.nulls import random_circuit
-from circuits.discovery.searching import values_of
+from circuits.discovery.searching import least_size, values_of
 from circuits.experiments import Variant, run
 from circuits.experiments.statistics import UNBOUNDED, corrected, interval, mean_ps, p_value
 from circuits.figures import circuit_figure, faithfulness_figure
@@ -54,6 +55,16 @@ def interval_of(
     """A mean with its interval over template instances."""
     low, high = interval(np.asarray(values, float), clusters=clusters, seed=seed, within=within)
     return {"value": float(np.mean(values)), "low": low, "high": high}
+
+
+def grown(graph: EdgeGraph, worth: Float[np.ndarray, " edge"], n: int) -> Mask:
+    """The circuit of n edges that is grown from the logits, or of as few more as reach the input."""
+    kept = greedy(graph, worth, n)
+    return (
+        kept
+        if kept.any()
+        else greedy(graph, worth, least_size(graph, partial(greedy, graph, worth), n))
+    )
 
 
 # --- 1. behaviour --------------------------------------------------------------------------------
@@ -132,8 +143,8 @@ def circuit(subject: Subject, told: Progress, keep: Keep) -> Stage:
         for name, half in (("scores", task.find), ("swapped", swapped(task.find, seed)))
     )
     told(3, 10)
-    kept = greedy(graph, scores.worth(), sizes.edges)
-    others = {SWAPPED: greedy(graph, other.worth(), sizes.edges)}
+    kept = grown(graph, scores.worth(), sizes.edges)
+    others = {SWAPPED: grown(graph, other.worth(), sizes.edges)}
     made = evaluate(
         graph, task.test, kept, scores=scores if sizes.curves else None, find=task.find, others=others,
         n_random=sizes.random, n_curves=sizes.curves, seed=seed, keep=part_of(keep, "evaluation"),
@@ -186,7 +197,7 @@ def _against_greedy(
     randoms = [random_circuit(graph, smaller, rng) for _ in range(subject.sizes.random)]
     none, full = np.zeros(len(graph), bool), np.ones(len(graph), bool)
     values = values_of(
-        Runs(graph, test), [none, full, smaller, greedy(graph, worth, max(1, n)), *randoms]
+        Runs(graph, test), [none, full, smaller, grown(graph, worth, max(1, n)), *randoms]
     ).mean(1)
     f = ((values[2:] - values[0]) / (values[1] - values[0])).tolist()
     return {"n": n, "faithfulness": f[0], "by_scores": f[1], "random": f[2:]}
@@ -266,7 +277,7 @@ def corruptions(subject: Subject, edges: Sequence[str], told: Progress) -> Stage
     for k, (corruption, order) in enumerate(asked):
         task, name = subject.task(corruption, order), f"{corruption}, {order}"
         scores = score_edges(graph, task.find, "eap-ig", steps=sizes.steps)
-        masks[name] = greedy(graph, scores.worth(), sizes.edges)
+        masks[name] = grown(graph, scores.worth(), sizes.edges)
         values[name], tests[name] = scores.mean, task.test
         effects[name] = {
             "clean": float(scores.clean.mean()),
