@@ -38,6 +38,17 @@ def test_a_built_in_model_does_its_own_task(
     )
 
 
+def test_a_behaviour_has_the_name_that_the_literature_uses(assets: Path) -> None:
+    model = load_model("stories260k")
+    assert "ioi" in names_of(model)
+    for spec in ("ioi", "ioi:templates=ABBA,corruption=swap"):
+        # of 512 tokens hardly any is a name, which the task says by its own name
+        with pytest.raises(ValueError, match="task indirect-object: the tokenizer leaves 2 names"):
+            load_task(model, spec, n=8)
+    with pytest.raises(KeyError, match="unknown option of the task 'order'"):
+        load_task(model, "ioi:order=ABBA", n=8)
+
+
 def test_a_pair_of_drawings_is_a_task_with_counterparts() -> None:
     model = load_model("shapes")
     task = load_task(model, "shapes:kind=turned", n=4)

@@ -17,8 +17,13 @@ from cases.curve_detector.stage import Options
 from cases.imagenet.evidence import _at_eyes, rate_p
 from cases.imagenet.names import _curves, _directions, text_of
 from cases.imagenet.photographs import shuffled_model
+from cases.ioi.evidence import grown
+from cases.ioi.heads import _both
+from cases.ioi.page import in_words
 from circuits.cli.main import run
 from circuits.concepts import read_names
+from circuits.discovery.streams import StreamGraph
+from circuits.localization import judge_heads
 from circuits.models.zoo.loading import load_model
 
 WHOLE = pytest.mark.nightly  # a whole case takes minutes
@@ -295,3 +300,70 @@ def test_names_of_imagenet_have_their_evidence(found: tuple[dict, Path]) -> None
     page = (folder / "report.html").read_text()
     assert "no class is known" in page
     assert page.count("data:image/png;base64,") >= 4
+
+
+# --- indirect objects ----------------------------------------------------------------------------
+
+
+def test_a_circuit_that_is_too_small_to_reach_the_input_grows_until_it_does() -> None:
+    graph = StreamGraph(load_model("induction-by-hand"))
+    worth = np.linspace(1, 0, len(graph))
+    worth[graph.mask(["1.0 -> logits"])] = 2
+    kept = grown(graph, worth, 1)
+    assert kept.any()
+    assert (graph.connected(kept) == kept).all()
+    assert (grown(graph, worth, len(graph)) == graph.connected(np.ones(len(graph), bool))).all()
+
+
+def test_a_role_of_two_tests_is_held_by_heads_that_pass_both() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 3, 40))
+    one[:2] += 3
+    other[1:] += 3
+    heads = ["0.0", "0.1", "0.2"]
+    tests = [judge_heads(n, heads, v, measure="m") for n, v in (("speaks", one), ("copies", other))]
+    made = _both(*tests)
+    assert (made["found"], made["only_the_first_test"], made["absent"]) == (["0.1"], ["0.0"], False)
+    assert made["heads"][0]["speaks"]["holds"]
+    assert made["heads"][0]["copies"]["p_value"] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("swapped", "said"), [(0.1, "keeps 0.10."), (0.6, "which is not clearly less")]
+)
+def test_a_circuit_that_is_no_better_than_with_swapped_answers_is_said_so(
+    swapped: float, said: str
+) -> None:
+    names = (
+        "duplicate token", "previous token", "induction", "S-inhibition", "name mover", "negative name mover",
+        "backup name mover", "S suppressor",
+    )  # fmt: skip
+    roles = {name: {"found": ["1.2"] if name == "name mover" else []} for name in names}
+    evaluation = {"faithfulness": {"value": 0.7, "low": 0.5, "high": 0.9}}
+    circuit = {"evaluation": evaluation, "edges": ["a -> b"], "swapped": {"value": swapped}}
+    text = in_words({"heads": {"roles": roles}, "circuit": circuit})
+    assert "there are heads of these kinds: name mover; absent are: duplicate token" in text
+    assert said in text
+    evaluation["faithfulness"] = {"value": None, "low": None, "high": None}
+    assert "is undefined: too few examples" in in_words(
+        {"heads": {"roles": roles}, "circuit": circuit}
+    )
+
+
+@WHOLE
+@pytest.mark.models
+def test_indirect_objects_are_held_to_their_numbers(tmp_path: Path) -> None:
+    assert run(["case", "ioi", "--fast", "--workspace", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "cases/ioi/results.json").read_text())
+    expected = json.loads((CASES / "ioi/expected.json").read_text())["fast"]
+    for path, (value, tolerance) in expected.items():
+        assert number(results, path) == pytest.approx(value, abs=tolerance), path
+    page = (tmp_path / "cases/ioi/report.html").read_text()
+    assert "coarse (--fast)" in page
+    assert page.count("data:image/png;base64,") >= 4
+    # Which way the steering directions of the two orders point, and that nothing in front is a sink all the same.
+    assert results["edits"]["steering"]["cosine_of_orders"] < 0
+    assert (
+        results["behaviour"]["sink"]["nothing"]["mean_share"]
+        > 2 * results["behaviour"]["sink"]["nothing"]["even_share"]
+    )

@@ -376,6 +376,7 @@ def test_cases_are_as_recorded():
         "curve_detector",
         "imagenet",
         "induction",
+        "ioi",
         "modular_addition",
     ]
     for path in paths:
@@ -383,6 +384,14 @@ def test_cases_are_as_recorded():
         recorded = read_recorded(path, file)
         assert recorded is not None
         assert recorded.exit_code(file) == 0
-        assert recorded.seconds < 300
-        assert file.model_hash == load_model(file.model).hash
+        assert recorded.seconds < (
+            600 if path.parent.name == "ioi" else 300
+        )  # recorded at a load of 9 on 2 cores
+        assert path.parent.name == "ioi" or file.model_hash == load_model(file.model).hash
         assert any(claim.expect == "refuted" for claim in file.claims)
+
+
+@pytest.mark.models
+def test_the_case_of_a_language_model_is_about_the_model_that_is_fetched():
+    file = read_claims(CASES / "ioi/claims.yaml")
+    assert file.model_hash == load_model(file.model).hash

@@ -327,6 +327,25 @@ def test_each_name_has_each_role_equally_often_in_both_orders() -> None:
     assert max(spread.values()) - min(spread.values()) <= 2
 
 
+def by_words_with_a_space() -> Encode:
+    """As in SmolLM2: a word is one token only with the space in front of it; else, as after a quote, it is letters."""
+    return by_pattern(r" [A-Za-z]+|^[A-Z][a-z]+(?= )|\d" + REST)
+
+
+@pytest.mark.parametrize("kind", ["abc", "third_name", "swap", "flip", "random_names"])
+def test_names_are_single_tokens_of_the_same_places_in_both_texts(kind: Any) -> None:
+    """Where a name is one token only behind a space, no sentence may start with one or put one after a quote."""
+    encode = by_words_with_a_space()
+    made = indirect_object(64, 0, encode, corruption=kind)
+    assert len(made) == 64
+    token = {encode(f"of {name}")[-1] for name in NAMES}
+    for item in made.items:
+        clean, other = (encode(str(text)) for text in (item.clean, item.corrupted))
+        places = [[t in token for t in tokens] for tokens in (clean, other)]
+        assert places[0] == places[1]
+        assert sum(places[0]) == 3
+
+
 # --- years -------------------------------------------------------------------------------------
 
 
@@ -371,6 +390,15 @@ def test_single_digits_are_asked_for_one_by_one() -> None:
         assert item.against == tuple(str(d) for d in range(decade))
         assert item.template == "next digit"
         assert f"{year[:2]}01 to" in str(item.corrupted)
+
+
+def test_the_next_digit_leaves_out_the_equal_one_and_the_counterpart_is_decade_0() -> None:
+    made = greater_than(60, 0, by_digit())
+    for item in made.items:
+        year = str(item.clean)[slice(*item.spans["year"])]
+        assert str(item.corrupted)[slice(*item.spans["year"])] == "01"
+        assert {int(str(d)) for d in item.answers} == {*range(int(year[0]) + 1, 10)}
+        assert {int(str(d)) for d in item.against} == {*range(int(year[0]))}
 
 
 # --- docstrings --------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class Settings:
     """How a case is run; what is given must be a field of the case's `Options`, which has the defaults."""
 
     fast: Annotated[bool, option(
-        "Run it coarsely: with fewer angles, pictures and images.", "--fast"
+        "Run it coarsely: with fewer angles, pictures, images and texts.", "--fast"
     )] = False  # fmt: skip
     transplant: Annotated[str, option(
         "The model whose curve units are replaced, by curve-detector. By default shapes."
@@ -51,7 +51,7 @@ class Settings:
 
 @command(app)
 def case(
-    name: Annotated[str, argument("The name of the case: curve-detector or imagenet.")],
+    name: Annotated[str, argument("The name of the case: curve-detector, imagenet or ioi.")],
     settings: Settings,
     output: options.Output,
     workspace: options.WorkspaceFolder = None,

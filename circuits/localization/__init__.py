@@ -7,6 +7,8 @@ from circuits.localization.attention import (
     shown_pattern,
 )
 from circuits.localization.cells import Cell, GridPosition
+from circuits.localization.copying import Copying, copying_heads
+from circuits.localization.direct import DirectEffects, direct_effects
 from circuits.localization.grids import CellEffect, GridSide, PatchGrid
 from circuits.localization.heads import HeadScore, HeadScores, score_heads
 from circuits.localization.lens import Depth, Lens, LensTokens, lens_tokens, logit_lens
@@ -21,6 +23,7 @@ from circuits.localization.patching import patch_grid
 from circuits.localization.paths import HeadEffect, HeadEffects, PathCell, head_effects, path_grid
 from circuits.localization.probing import contrastive_directions, linear_probes
 from circuits.localization.readouts import Readout, Readouts
+from circuits.localization.roles import HeadTest, RoleTests, judge_heads
 from circuits.localization.steering import steering_grid
 from circuits.localization.subsets import Sufficiency, keep_only, sufficiency
 
@@ -28,7 +31,9 @@ __all__ = [
     "AttentionPatterns",
     "Cell",
     "CellEffect",
+    "Copying",
     "Depth",
+    "DirectEffects",
     "GridPosition",
     "GridSide",
     "HeadEffect",
@@ -36,6 +41,7 @@ __all__ = [
     "HeadPattern",
     "HeadScore",
     "HeadScores",
+    "HeadTest",
     "ImageAttention",
     "Lens",
     "LensTokens",
@@ -44,12 +50,16 @@ __all__ = [
     "PathCell",
     "Readout",
     "Readouts",
+    "RoleTests",
     "Sufficiency",
     "UnplacedPattern",
     "attention_patterns",
     "contrastive_directions",
+    "copying_heads",
+    "direct_effects",
     "head_effects",
     "image_attention",
+    "judge_heads",
     "keep_only",
     "lens_tokens",
     "linear_probes",

@@ -177,6 +177,7 @@ def score_heads(
     n: int = 32,
     length: int | None = None,
     examples: Examples | None = None,
+    first: bool = True,
     batch: int = BATCH,
     seed: int = 0,
     progress: Progress | None = None,
@@ -189,6 +190,9 @@ def score_heads(
         n: the number of random texts.
         length: their length in tokens; 64, or the model's context if that is shorter, if None.
         examples: texts to use instead of random ones.
+        first: whether attention to the first token counts. In many models it is a sink, where heads attend that have
+            nothing to do; without it scores are shares of the attention to all other tokens, summed over the queries of
+            a text, so that queries which attend to hardly anything else hardly count.
         batch: texts per batch.
         seed: seed of texts, controls, intervals and p-values.
         progress: called with the number of texts done and the total.
@@ -217,18 +221,24 @@ def score_heads(
         own, mixed = (
             _attention(model, sites, tokens, part.mask) for tokens in (part.inputs, other)
         )
+        if not first:
+            own[..., 0], mixed[..., 0] = 0, 0
+        share = _attention_share if first else _share_of_the_rest
         total += (own * real[:, None, :, None]).sum((0, 2, 3)).numpy()
         for k, kind in enumerate(kinds):
             places = detection_pattern(kind, part.inputs.cpu(), real)
-            elsewhere = _random_other_key(places, real, generator)
+            places[:, :, 0] &= first
+            taken = places.clone()
+            taken[:, :, 0] |= not first
+            elsewhere = _random_other_key(taken, real, generator)
             if kind == "previous_token":
                 # Only queries that could attend to another earlier key count. The control is that other key in the
                 # same text; for the other kinds it is the same keys in the shuffled text.
                 places = places & elsewhere.any(2, keepdim=True)
-                control = _attention_share(own, elsewhere)
+                control = share(own, elsewhere)
             else:
-                control = _attention_share(mixed, places)
-            scores[k][:, which] = _attention_share(own, places).T.numpy()
+                control = share(mixed, places)
+            scores[k][:, which] = share(own, places).T.numpy()
             chance[k][:, which] = control.T.numpy()
             on[k] += (own * places[:, None]).sum((0, 2, 3)).numpy()
         if progress is not None:
@@ -350,14 +360,27 @@ def _attention_share(
     return (on * queries[:, None]).sum(2) / queries.sum(1, keepdim=True)
 
 
+def _share_of_the_rest(
+    attention: Float[Tensor, "text head query key"], places: Bool[Tensor, "text query key"]
+) -> Float[Tensor, "text head"]:
+    """The attention that goes to certain keys over all attention, of the queries that have such a key."""
+    queries = places.any(2)
+    on, all_of_it = (
+        (attention * some[:, None]).sum((2, 3))
+        for some in (places, queries[:, :, None].expand_as(places))
+    )
+    # A text without such a query has no score; a head that attends to the first token alone has none of this attention.
+    return on / all_of_it.clamp_min(1e-12).masked_fill(~queries.any(1)[:, None], float("nan"))
+
+
 def _random_other_key(
-    places: Bool[Tensor, "text query key"],
+    taken: Bool[Tensor, "text query key"],
     real: Bool[Tensor, "text position"],
     generator: torch.Generator,
 ) -> Bool[Tensor, "text query key"]:
-    """For each query another earlier key, drawn at random; none if there is no other."""
+    """For each query an earlier key that is not taken, drawn at random; none if there is no other."""
     # Random numbers times the mask: the largest is a uniform draw among the free keys. Where none is free argmax gives
     # key 0, which `& free` removes again.
-    free = (real[:, :, None] & real[:, None, :]).tril(-1) & ~places
+    free = (real[:, :, None] & real[:, None, :]).tril(-1) & ~taken
     drawn = (torch.rand(free.shape, generator=generator) * free).argmax(2, keepdim=True)
     return torch.zeros_like(free).scatter(2, drawn, True) & free

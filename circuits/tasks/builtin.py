@@ -30,7 +30,7 @@ from circuits.tasks.metrics import METRICS, Metric, UnitActivation, as_metric
 from circuits.tasks.tables import read_table
 from circuits.tasks.targets import output_index
 from circuits.tasks.task import Question, Task, default_metric, of_examples
-from circuits.tasks.templates import TEMPLATES
+from circuits.tasks.templates import ALIASES, TEMPLATES
 from circuits.units import unknown
 
 DEFAULTS: Mapping[str, str] = {
@@ -64,7 +64,7 @@ def names_of(model: HookedModel) -> list[str]:
             *(name for name in IMAGE_PAIRS if name != "shapes" or _is_shapes(model)),
         ]
     elif model.input.encoder is not None:
-        known = [*TEMPLATES, STATED[1]]
+        known = [*TEMPLATES, *ALIASES, STATED[1]]
     else:
         known = [*GENERATORS, STATED[1]]
     own = DEFAULTS.get(base_name(model))
@@ -95,9 +95,9 @@ def load_task(
 
     Args:
         model: the model that the task is for.
-        spec: the name of a task, with options after a colon (`indirect-object:templates=ABBA,corruption=swap`); a task
-            file (`.jsonl`) or a table (`.csv`, `.tsv`, `.json`). If empty: the task that follows from `data` or
-            `texts`, or the built-in model's default task if there are none.
+        spec: the name of a task, with options after a colon (`indirect-object:templates=ABBA,corruption=swap`; `ioi` is
+            another name of `indirect-object`); a task file (`.jsonl`) or a table (`.csv`, `.tsv`, `.json`). If empty:
+            the task that follows from `data` or `texts`, or the built-in model's default task if there are none.
         n: the largest number of examples.
         seed: seed of what is drawn, of the choice of examples, and of the split into halves.
         how: how examples of the data are chosen.
@@ -127,6 +127,7 @@ def load_task(
     if not spec:
         spec = "" if data or texts else default_task_name(model)
     name, _, options = spec.partition(":")
+    name = ALIASES.get(name, name)
     if not spec or name in STATED:
         task = _task_from_examples(model, name, n, seed, how, data, labels, texts)
     elif name in IMAGE_PAIRS:

@@ -23,7 +23,11 @@ TEMPLATES: Mapping[str, Callable[..., Generated]] = {
 }
 """Generators of text items by the behaviour's name; each takes the number of items, a seed and a model's tokenizer."""
 
+ALIASES: Mapping[str, str] = {"ioi": "indirect-object"}
+"""Other names of behaviours, as the literature calls them."""
+
 __all__ = [
+    "ALIASES",
     "TEMPLATES",
     "Tokenizer",
     "capital_country",
