@@ -15,7 +15,8 @@ here too, from the same parts, and that has to agree:
 The authors' code runs in an environment of its own (see `benchmarks/peer_eap_ig_worker.py`), never in this one:
 
     python -m venv /tmp/eapenv
-    /tmp/eapenv/bin/pip install torch==2.13.0 transformer-lens==2.16.1 "numpy<2" "pyarrow<19" "pandas<3" "datasets<4" matplotlib
+    /tmp/eapenv/bin/pip install torch==2.13.0 transformer-lens==2.16.1 "numpy<2" "pyarrow<19" "pandas<3" "datasets<4"
+    /tmp/eapenv/bin/pip install matplotlib
     git --git-dir=EAP-IG.git archive HEAD src | tar x -C /tmp/eap
     sed -i "s/device='cuda'/device='cpu'/" /tmp/eap/src/eap/*.py
     python -m benchmarks.peer_eap_ig --peer /tmp/eapenv/bin/python --source /tmp/eap/src
