@@ -79,7 +79,7 @@ class Sizes:
         """Those of a run."""
         if not options.fast:
             return cls()
-        return cls(16, 16, 40, 2, 100, 8, 3, 0, 2, 18, 2)
+        return cls(16, 16, 40, 2, 100, 8, 3, 0, 2, 18, 4)
 
 
 @dataclass(frozen=True, eq=False)
