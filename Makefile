@@ -37,6 +37,7 @@ test-models: $(STAMP)
 
 # What takes minutes a test: whole cases, findings on many units of real networks, and the same for more seeds.
 nightly: $(STAMP)
+	$(BIN)/circuits fetch smollm2
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SPREAD) -m nightly --timeout=3600 $(SHAPES) $(ARGS)
 
 # What each test takes on this machine, with nothing beside it: `make check` goes by it.

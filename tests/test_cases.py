@@ -25,6 +25,7 @@ from circuits.concepts import read_names
 from circuits.discovery.streams import StreamGraph
 from circuits.localization import judge_heads
 from circuits.models.zoo.loading import load_model
+from tests.smollm2 import fetched_smollm2
 
 WHOLE = pytest.mark.nightly  # a whole case takes minutes
 
@@ -353,6 +354,8 @@ def test_a_circuit_that_is_no_better_than_with_swapped_answers_is_said_so(
 @WHOLE
 @pytest.mark.models
 def test_indirect_objects_are_held_to_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "smollm2").symlink_to(fetched_smollm2())
     assert run(["case", "ioi", "--fast", "--workspace", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "cases/ioi/results.json").read_text())
     expected = json.loads((CASES / "ioi/expected.json").read_text())["fast"]
