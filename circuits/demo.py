@@ -176,7 +176,7 @@ LANGUAGE = {
     "smollm2": LanguagePlan(
         "smollm2", (0, 10, 15, 20, 25, 29),
         ("indirect-object", "greater-than", "agreement", "pronouns", "capitals"), 48,
-        "indirect-object", 32, 200, 9, (3, 10),
+        "indirect-object", 32, 600, 9, (2, 4),
     ),
 }  # fmt: skip
 """The demos of language models (`circuits demo --model NAME`). Of templates `docstring` is left out: it needs lines."""
@@ -313,7 +313,7 @@ def _circuit(
     what = f"circuit of {plan.task}"
     if plan.task in {r.name for r in saved_circuits(database, model_hash)}:
         n = load_circuit(database, plan.task, model_hash).number_of_edges()
-        return Row(model.name, what, f"{n} edges, saved before", str(database.path))
+        return Row(model.name, what, f"saved before, drawn with {n} edges", str(database.path))
     task = load_task(model, plan.task, n=plan.items)
     graph = edge_graph(model)
     said = json.dumps([model_hash, task.hash, plan.size, plan.n_random])
@@ -324,7 +324,7 @@ def _circuit(
     )
     folder.mkdir(parents=True, exist_ok=True)
     found = discover(
-        graph, task, "eap", search="top", size=plan.size, n_random=plan.n_random, n_curves=0, check=20, stage=stage,
+        graph, task, "eap-ig", search="top", size=plan.size, n_random=plan.n_random, n_curves=0, check=20, stage=stage,
         keep=keeping(folder),
     )  # fmt: skip
     save_circuit(database, plan.task, found.circuit, "found by the demo")
@@ -333,7 +333,7 @@ def _circuit(
         f"faithfulness {f.value:.2f} [{f.low:.2f}, {f.high:.2f}] on {len(task.test)} items that did not choose them; "
         f"at most {max(by_chance):.2f} in {len(by_chance)} random circuits"
     )
-    result = f"{found.circuit.number_of_edges()} of {len(graph)} edges (eap, seed 0): {measured}"
+    result = f"{len(found.evaluation.edges)} of {len(graph)} edges (eap-ig, seed 0): {measured}"
     return Row(model.name, what, result, str(database.path))
 
 
