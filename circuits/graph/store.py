@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from circuits.graph.blocks import FORMAT, BlockInfo, writing
-from circuits.graph.circuit import KINDS, ORDER, CircuitGraph
+from circuits.graph.circuit import KINDS, CircuitGraph
 from circuits.graph.paths import sites_between, strongest_paths
+from circuits.graph.surroundings import AllUnits
 from circuits.hdf5 import DamagedError, array, opened
 from circuits.json_files import parse_json
-from circuits.units import Unit, unknown
+from circuits.units import Unit
 
 FILE = "graph.h5"
 ADDED = "graph"
@@ -135,7 +136,7 @@ class _File:
         self._file.close()
 
 
-class GraphStore:
+class GraphStore(AllUnits):
     """The edges of a network on disk; reads what is asked for, never the whole.
 
     Args:
@@ -212,26 +213,6 @@ class GraphStore:
         for file in self._files:
             yield from (b for b in file.blocks if kinds is None or b.info.kind in kinds)
 
-    def check(self, unit: str | Unit) -> Unit:
-        """A unit of the graph.
-
-        Raises:
-            KeyError: if its site is unknown.
-            ValueError: if the site has no such unit.
-        """
-        unit = Unit.parse(unit) if isinstance(unit, str) else unit
-        if unit.site not in self.sites:
-            raise unknown("site of the graph", unit.site, self.sites)
-        if unit.index >= self.sites[unit.site]:
-            raise ValueError(
-                f"unit {unit} does not exist: {unit.site} has units 0 to {self.sites[unit.site] - 1}"
-            )
-        return unit
-
-    def _new(self, how: dict[str, Any]) -> CircuitGraph:
-        known = {"model": self.model, "model_hash": self.model_hash, ORDER: list(self.sites)}
-        return CircuitGraph(**known, made=how)
-
     def neighbourhood(
         self,
         unit: str | Unit,
@@ -251,13 +232,8 @@ class GraphStore:
             KeyError: if the unit's site is unknown.
             ValueError: if the unit does not exist, a kind is unknown, or a number is not positive.
         """
-        start = self.check(unit)
-        for name, value in (("hops", hops), ("top", top)):
-            if value < 1:
-                raise ValueError(f"{name} {value} must be at least 1")
+        start, graph = self._begun(unit, hops, top)
         blocks = list(self._blocks(kinds))
-        graph = self._new({"neighbourhood": str(start), "hops": hops, "top": top})
-        graph.add_node(start)
         # Breadth first, and every unit once.
         frontier, seen = [start], {start}
         for _ in range(hops):

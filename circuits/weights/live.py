@@ -11,10 +11,11 @@ from functools import cached_property
 
 import torch
 
-from circuits.graph.circuit import ORDER, CircuitGraph
+from circuits.graph.circuit import CircuitGraph
+from circuits.graph.surroundings import AllUnits
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.topology import INPUT
-from circuits.units import Unit, unknown
+from circuits.units import Unit
 from circuits.weights.connections import Connection, both_ways
 from circuits.weights.raw import Pair, connected_pairs
 
@@ -22,7 +23,7 @@ _KEPT = 1024
 """Units whose connections are kept."""
 
 
-class LiveGraph:
+class LiveGraph(AllUnits):
     """The weights between the units of a model, with the questions that `GraphStore` answers of a unit's surroundings.
 
     Args:
@@ -39,34 +40,14 @@ class LiveGraph:
         self.blocks: list[Pair] = list(connected_pairs(model))
         if not self.blocks:
             raise ValueError(f"model {model.name} has no weights between its sites")
-
-    @cached_property
-    def sites(self) -> dict[str, int]:
-        """The connected sites in the model's order, the input first, with how many units each has."""
         used = {site for pair in self.blocks for site in (pair.source, pair.target)}
-        names = [INPUT, *(s.name for s in self._model.sites)]
-        return {name: self._model.n_units(name) for name in names if name in used}
+        names = [INPUT, *(s.name for s in model.sites)]
+        self.sites = {name: model.n_units(name) for name in names if name in used}
 
     @cached_property
     def n_edges(self) -> int:
         """How many edges there are."""
         return sum(len(pair.units) * self.sites[pair.source] for pair in self.blocks)
-
-    def check(self, unit: str | Unit) -> Unit:
-        """A unit of the graph.
-
-        Raises:
-            KeyError: if its site is unknown.
-            ValueError: if the site has no such unit.
-        """
-        unit = Unit.parse(unit) if isinstance(unit, str) else unit
-        if unit.site not in self.sites:
-            raise unknown("site of the graph", unit.site, self.sites)
-        if unit.index >= self.sites[unit.site]:
-            raise ValueError(
-                f"unit {unit} does not exist: {unit.site} has units 0 to {self.sites[unit.site] - 1}"
-            )
-        return unit
 
     def neighbourhood(self, unit: str | Unit, hops: int = 1, top: int = 10) -> CircuitGraph:
         """What builds a unit and what it builds, and so on for those.
@@ -80,12 +61,7 @@ class LiveGraph:
             KeyError: if the unit's site is unknown.
             ValueError: if the unit does not exist, or a number is not positive.
         """
-        start = self.check(unit)
-        for name, value in (("hops", hops), ("top", top)):
-            if value < 1:
-                raise ValueError(f"{name} {value} must be at least 1")
-        graph = self._new({"neighbourhood": str(start), "hops": hops, "top": top})
-        graph.add_node(start)
+        start, graph = self._begun(unit, hops, top)
         frontier, seen = [start], {start}
         for _ in range(hops):
             found: dict[Unit, None] = {}
@@ -139,10 +115,6 @@ class LiveGraph:
                 typical = norms[norms > 0].median().item()
                 kernel = row[source].cpu()
                 _connect(graph, Connection(*ends, kernel, pair.layer.name, pair.through, typical))
-
-    def _new(self, how: dict[str, object]) -> CircuitGraph:
-        known = {"model": self.model, "model_hash": self.model_hash, ORDER: list(self.sites)}
-        return CircuitGraph(**known, made=how)
 
 
 def _connect(graph: CircuitGraph, found: Connection) -> None:
