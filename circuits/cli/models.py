@@ -13,7 +13,6 @@ from circuits.cli.output import note
 from circuits.cli.signatures import argument, command, option
 from circuits.models.zoo.fetching import fetch as fetch_model
 from circuits.models.zoo.loading import MODELS
-from circuits.progress import Progress
 from circuits.tables import Table
 from circuits.workspace import Workspace
 
@@ -42,12 +41,7 @@ def fetch(
 ) -> None:  # fmt: skip
     """Get a published language model into the workspace: download, check and convert its weights, once."""
     with output.stages() as stage:
-
-        def begin(what: str) -> Progress:
-            note(what)
-            return stage(what.partition(":")[0])
-
-        found = fetch_model(model, Workspace.default(workspace), given, begin)
+        found = fetch_model(model, Workspace.default(workspace), given, output.announced(stage))
     said = f"from {found.origin}" if found.origin else "it was there already"
     output.show(
         {"model": found.model, "folder": str(found.folder), "origin": found.origin},

@@ -25,6 +25,7 @@ from circuits.models.adapter.inputs import ImageInput
 from circuits.models.zoo.converting import convert_gguf
 from circuits.models.zoo.loading import find_autoencoder, load_model, record_of
 from circuits.models.zoo.placement import Precision
+from circuits.progress import Progress
 from circuits.specs import split_attached
 from circuits.stimuli.images import read_image
 from circuits.stimuli.sources import Source, open_source
@@ -558,6 +559,16 @@ class Output:
                 return stack.enter_context(self.progress(what))
 
             yield begin
+
+    @staticmethod
+    def announced(begin: Callable[[str], Progress]) -> Callable[[str], Progress]:
+        """What begins a stage and first says what it is, on a line of its own; its name ends at the first colon."""
+
+        def announce(what: str) -> Progress:
+            note(what)
+            return begin(what.partition(":")[0])
+
+        return announce
 
     def show(self, facts: Any, parts: Iterable[Table | str] = ()) -> None:
         """Print `facts` (a result, a list of results, JSON values) as JSON, or else the tables and lines in `parts`."""

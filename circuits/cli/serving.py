@@ -25,7 +25,6 @@ from circuits.demo import (
     is_language_built,
 )
 from circuits.environment import TRUST_PYTHON, WORKSPACE
-from circuits.progress import Progress
 from circuits.tables import Table
 from circuits.units import unknown
 from circuits.workspace import Workspace
@@ -156,12 +155,7 @@ def _language(
         )
         note(f"the workspace of {model} takes about {first} minutes on two cores, and {told}")
     with output.stages() as stage:
-
-        def begin(what: str) -> Progress:
-            note(what)
-            return stage(what.partition(":")[0])
-
-        rows = build_language(place, model, not later, begin, stage)
+        rows = build_language(place, model, not later, output.announced(stage), stage)
     if later:
         job = ["demo", "--model", model, "--no-serve"]
         jobs.start(place, job, f"Find the circuit of {LANGUAGE[model].task}")
