@@ -73,67 +73,83 @@ def stream_change(
             2022); heads on the way are not.
         span: the span that each position is in, if `off` has spans.
     """
-    total: Tensor | float = 0.0
-    passed = stream.mlps_before(receiver)
-    together: list[str] = []  # sites whose senders are summed as one
-
-    def add(made: Tensor | None) -> None:
-        nonlocal total
-        total = total if made is None else total + made
-
-    def mixed(site: str, columns: slice) -> Tensor | None:
-        """The change that some senders make together; None if no set replaces any, and no gradient is asked for."""
-        weights = off[:, columns]
-        sloped = weights.requires_grad and site in written
-        if not sloped and not weights.any():
-            return None
-        change = written.of(site, index)
-        if isinstance(change, PartsChange):
-            return change.mixed(weights.to(change.activations), span)
-        if span is not None:
-            return torch.einsum("suepm,sukep->skepm", change, weights.to(change)[..., span])
-        return torch.einsum("suepm,suk->skepm", change, weights.to(change))
-
-    def write(site: str, columns: slice, writers: Writers | None = None) -> None:
-        alone = writers is not None and (writers.norm is not None or writers.split is not None)
-        if not alone and span is None:
-            together.append(site)
-            return
-        made = mixed(site, columns)
-        add(made if writers is None else _through_post_norm(writers, made, live))
-
-    def summed() -> Tensor:
-        """The change so far."""
-        nonlocal together
-        if together:
-            add(written.mixed(together, off, index))  # type: ignore[arg-type]
-        together = []
-        if isinstance(total, Tensor):
-            return total
-        any_of = next(iter(live.values()))
-        return any_of.new_zeros(len(off), off.shape[2], *any_of.shape[1:3], stream.width)
-
+    passed, total = stream.mlps_before(receiver), _Total(stream, off, written, live, index, span)
     for sender in stream.senders[:2]:
         if sender.kind in ("token", "position"):
-            write(stream.output_site(sender), stream.index_of(sender))
+            total.add(Writers(stream.output_site(sender), stream.index_of(sender)))
     for layer in range(stream.n_layers):
         attention = stream.writers(layer, "attention")
         if not stream.parallel:
-            write(attention.site, attention.columns, attention)
+            total.add(attention)
         mlp = Receiver("mlp", layer)
         if mlp in passed:
             own = stream.writers(layer, "mlp")
             if through_mlps:
                 # An MLP that is a sender itself is replaced instead: its output is the other run's.
-                before = summed()
+                before = total.value()
                 kept = (off[:, own.columns] == 0).to(before).transpose(1, 2)[..., None, None]
-                add(_recomputed(stream, before, mlp, live) * kept)
-            write(own.site, own.columns, own)
-        if (
-            stream.parallel
-        ):  # attention and MLP read the same stream: the MLP does not see these heads
-            write(attention.site, attention.columns, attention)
-    return summed()
+                total.put(_recomputed(stream, before, mlp, live) * kept)
+            total.add(own)
+        if stream.parallel:
+            # Attention and MLP read the same stream: the MLP does not see these heads.
+            total.add(attention)
+    return total.value()
+
+
+class _Total:
+    """The change of the stream, as one writer after the other is added; its arguments are those of `stream_change`."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        off: Tensor,
+        written: Written,
+        live: Mapping[str, Tensor],
+        index: Tensor,
+        span: Tensor | None,
+    ) -> None:
+        self.stream, self.off, self.written, self.live = stream, off, written, live
+        self.index, self.span = index, span
+        self._sum: Tensor | None = None
+        self._together: list[str] = []  # sites whose senders are summed as one
+
+    def add(self, writers: Writers) -> None:
+        """Add what senders at a site write."""
+        if writers.norm is None and writers.split is None and self.span is None:
+            self._together.append(writers.site)
+        else:
+            made = self._mixed(writers.site, writers.columns)
+            self.put(_through_post_norm(writers, made, self.live))
+
+    def put(self, made: Tensor | None) -> None:
+        """Add a change; None is none."""
+        if made is not None:
+            self._sum = made if self._sum is None else self._sum + made
+
+    def value(self) -> Float[Tensor, "set receiver example position d_model"]:
+        """The change so far."""
+        if self._together:
+            self.put(self.written.mixed(self._together, self.off, self.index))
+        self._together = []
+        if self._sum is not None:
+            return self._sum
+        any_of = next(iter(self.live.values()))
+        shape = len(self.off), self.off.shape[2], *any_of.shape[1:3], self.stream.width
+        return any_of.new_zeros(shape)
+
+    def _mixed(self, site: str, columns: slice) -> Tensor | None:
+        """The change that some senders make together; None if no set replaces any, and no gradient is asked for."""
+        weights = self.off[:, columns]
+        sloped = weights.requires_grad and site in self.written
+        if not sloped and not weights.any():
+            return None
+        change = self.written.of(site, self.index)
+        if isinstance(change, PartsChange):
+            return change.mixed(weights.to(change.activations), self.span)
+        if self.span is not None:
+            own = weights.to(change)[..., self.span]
+            return torch.einsum("suepm,sukep->skepm", change, own)
+        return torch.einsum("suepm,suk->skepm", change, weights.to(change))
 
 
 def _through_post_norm(
