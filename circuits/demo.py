@@ -176,7 +176,7 @@ LANGUAGE = {
     "smollm2": LanguagePlan(
         "smollm2", (0, 10, 15, 20, 25, 29),
         ("indirect-object", "greater-than", "agreement", "pronouns", "capitals"), 48,
-        "indirect-object", 32, 600, 9, (2, 4),
+        "indirect-object", 64, 300, 9, (2, 6),
     ),
 }  # fmt: skip
 """The demos of language models (`circuits demo --model NAME`). Of templates `docstring` is left out: it needs lines."""
@@ -324,7 +324,7 @@ def _circuit(
     )
     folder.mkdir(parents=True, exist_ok=True)
     found = discover(
-        graph, task, "eap-ig", search="top", size=plan.size, n_random=plan.n_random, n_curves=0, check=20, stage=stage,
+        graph, task, "eap-ig", size=plan.size, n_random=plan.n_random, n_curves=0, check=20, stage=stage,
         keep=keeping(folder),
     )  # fmt: skip
     save_circuit(database, plan.task, found.circuit, "found by the demo")
