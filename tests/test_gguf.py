@@ -261,7 +261,7 @@ def test_what_the_machine_lacks_is_said_first(
     monkeypatch.setattr(converting, "free_memory", lambda: None)
     plain = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: plain._replace(free=10**6))
-    assert "and 1.0 MB are free: name another workspace" in refused(path, capsys)
+    assert "and 1 MB are free: name another workspace" in refused(path, capsys)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert refused(path, capsys).endswith(
         f"needs the package gguf, which is not installed: {INSTALL}"

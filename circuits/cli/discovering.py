@@ -27,6 +27,7 @@ from circuits.discovery.finding import sets_on_disk, usual_size
 from circuits.discovery.formats import SUFFIXES, check_writable, read_edges, write_edges
 from circuits.discovery.found import check_not_found_on, edges_of, graph_of, parts_in, parts_of
 from circuits.discovery.graphs import LIMIT, Edge, EdgeGraph, Mask
+from circuits.discovery.planning import memory_plan
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.scoring import Method, score_edges
 from circuits.discovery.searching import check_size, least_size
@@ -45,6 +46,9 @@ from circuits.tasks import Task
 from circuits.workspace import Workspace
 
 app = Typer()
+
+_LARGE = 10**9
+"""From how many bytes of weights on the memory that a search takes is said before it starts."""
 
 
 @command(app)
@@ -69,7 +73,10 @@ def discover(
     masks, right = _masks(graph, further), next(iter(_masks(graph, known).values()), None)
     if kept.scores:
         check_writable(kept.scores, graph)
-    settings: dict[str, Any] = asdict(how) | evidence.settings
+    plan = memory_plan(graph, asked.find)
+    if plan.batch < plan.asked or plan.weights > _LARGE:
+        say_before(str(plan))
+    settings: dict[str, Any] = asdict(how) | evidence.settings | {"batch": plan.batch}
     keep, folder = make_now, None
     sets = sets_on_disk(asked.find, how.method) if len(graph) > LIMIT else 0
     if sets:

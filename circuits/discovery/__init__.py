@@ -10,6 +10,7 @@ from circuits.discovery.finding import discover
 from circuits.discovery.found import Discovery, edges_of, strongest_circuit
 from circuits.discovery.graphs import Edge, EdgeGraph
 from circuits.discovery.pairs import EdgePair, EdgePairs, pair_edges, strongest
+from circuits.discovery.planning import MemoryPlan, memory_plan
 from circuits.discovery.pruning import prune
 from circuits.discovery.results import EdgeScores
 from circuits.discovery.runs import Runs
@@ -32,6 +33,7 @@ __all__ = [
     "EdgePairs",
     "EdgeScores",
     "Evaluation",
+    "MemoryPlan",
     "ModelSeries",
     "Recovered",
     "Runs",
@@ -48,6 +50,7 @@ __all__ = [
     "evaluate",
     "find_alternatives",
     "greedy",
+    "memory_plan",
     "pair_edges",
     "prune",
     "recovered",

@@ -20,6 +20,7 @@ from torch import Tensor
 from circuits.experiments.running import MEMORY
 from circuits.files import replacing
 from circuits.hdf5 import array, created, opened
+from circuits.memory import in_bytes
 
 _NUMBERS = 2**23
 """How many scores are in memory at once as a file is read."""
@@ -33,7 +34,7 @@ _PASSES = 2.5
 Measured with 347,121 edges: 1.19 GB on 66 examples, 1.1 GB on 16.
 """
 
-_EACH = 110
+EDGE = 110
 """How many bytes of memory an edge takes at most, from its ends to the evaluation."""
 
 Piece = tuple[slice, slice, Tensor]
@@ -61,24 +62,15 @@ class Cost:
     @classmethod
     def of(cls, n_edges: int, n_examples: int, sets: int = 1) -> Cost:
         """That of float32 scores of some edges on some examples."""
-        memory = int(_FIXED + _PASSES * MEMORY + _EACH * n_edges)
+        memory = int(_FIXED + _PASSES * MEMORY + EDGE * n_edges)
         return cls(n_edges, n_examples, sets, 4 * n_edges * n_examples * sets, memory)
 
     def __str__(self) -> str:
         more = f", {self.sets} times with those to compare with," if self.sets > 1 else ""
         return (
-            f"{self.n_edges} edges: their scores on {self.n_examples} examples{more} take {said(self.disk)} of disk, "
-            f"and all of it about {said(self.memory)} of memory"
+            f"{self.n_edges} edges: their scores on {self.n_examples} examples{more} take {in_bytes(self.disk)} of "
+            f"disk, and all of it about {in_bytes(self.memory)} of memory"
         )
-
-
-def said(n: float) -> str:
-    """A number of bytes in words.
-
-    >>> said(2.5e6), said(1.34e9)
-    ('2.5 MB', '1.3 GB')
-    """
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +154,8 @@ def check_space(folder: Path, cost: Cost, there: int) -> None:
     free = shutil.disk_usage(folder).free
     if (needed := cost.disk - there) > free:
         raise ValueError(
-            f"{cost}; {str(folder)!r} has {said(free)} free, {said(needed)} are needed: expected another folder, or "
-            "fewer edges or examples"
+            f"{cost}; {str(folder)!r} has {in_bytes(free)} free, {in_bytes(needed)} are needed: expected another "
+            "folder, or fewer edges or examples"
         )
 
 

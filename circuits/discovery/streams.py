@@ -20,10 +20,11 @@ from circuits.discovery.spans import Spans
 from circuits.discovery.splitting import check_neurons_read, parse_layers
 from circuits.discovery.splitting import latents as latents_of
 from circuits.discovery.splitting import neurons as neurons_of
-from circuits.discovery.stored import Cost, said
+from circuits.discovery.stored import Cost
 from circuits.experiments.patched_runs import Options, changes_of
 from circuits.graph.circuit import WholeSite
 from circuits.hooks import Change
+from circuits.memory import in_bytes
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.norms import Tangent
 from circuits.models.paths.contributions import (
@@ -133,9 +134,7 @@ class StreamGraph(EdgeGraph):
         fits = f"a limit of {n} or more"
         if n > LIMIT:
             cost = Cost.of(n, 1)
-            fits += (
-                f", about {said(cost.memory)} of memory and {said(cost.disk)} of disk an example"
-            )
+            fits += f", about {in_bytes(cost.memory)} of memory and {in_bytes(cost.disk)} of disk an example"
         if self.spans is not None:
             fits = f"at most {max(1, limit * self._n_spans // n)} spans, or {fits}"
         if parts:

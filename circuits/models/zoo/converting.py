@@ -24,6 +24,7 @@ from circuits.environment import WORKSPACE
 from circuits.files import write_json
 from circuits.json_files import read_json
 from circuits.locks import held
+from circuits.memory import free_memory, in_bytes
 from circuits.models.zoo.gguf_files import INSTALL, GGUFHeader, gguf_package, read_header
 from circuits.models.zoo.packages import first_line, one_try, quiet
 from circuits.models.zoo.weights_files import file_hash
@@ -67,8 +68,8 @@ def disk_needed(header: GGUFHeader) -> int:
 def cost(header: GGUFHeader) -> str:
     """What converting a file takes, in words."""
     return (
-        f"{_size(memory_needed(header))} of memory while it is converted to float32, and {_size(disk_needed(header))} "
-        "on disk"
+        f"{in_bytes(memory_needed(header))} of memory while it is converted to float32, and "
+        f"{in_bytes(disk_needed(header))} on disk"
     )
 
 
@@ -189,29 +190,15 @@ def check_room(header: GGUFHeader, folder: Path, what: str) -> None:
     if free is not None and free < memory_needed(header):
         # No MemoryError: of one, people are told to take fewer inputs.
         raise OSError(
-            f"{what} needs {_size(memory_needed(header))} of memory to be converted ({header.n_numbers} numbers), and "
-            f"{_size(free)} are free: end other programs, or convert it on a larger machine"
+            f"{what} needs {in_bytes(memory_needed(header))} of memory to be converted ({header.n_numbers} numbers), "
+            f"and {in_bytes(free)} are free: end other programs, or convert it on a larger machine"
         )
     there = next(p for p in (folder, *folder.parents) if p.exists())
     if (space := shutil.disk_usage(there).free) < disk_needed(header):
         raise OSError(
-            f"{what} needs {_size(disk_needed(header))} in {str(folder)!r}, and {_size(space)} are free: name another "
-            f"workspace with --workspace or {WORKSPACE}"
+            f"{what} needs {in_bytes(disk_needed(header))} in {str(folder)!r}, and {in_bytes(space)} are free: name "
+            f"another workspace with --workspace or {WORKSPACE}"
         )
-
-
-def free_memory() -> int | None:
-    """Bytes of memory that are free or can be made so; None where the kernel does not say (no Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = next((line.split() for line in lines if line.startswith("MemAvailable:")), None)
-    return None if found is None else int(found[1]) * 1024
-
-
-def _size(n: int) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
 def _write(

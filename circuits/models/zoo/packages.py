@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from circuits.json_files import read_json
+from circuits.memory import free_memory, in_bytes
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.adapter.tokenizing import by_tokenizer
@@ -113,6 +114,7 @@ def first_line(error: Exception) -> str:
 def transformer_lens(name: str, weights: Weights) -> HookedModel:
     """A language model as a TransformerLens bridge."""
     refuse_weights(f"tl:{name}", weights)
+    _check_memory(f"tl:{name}", Path(name))
     try:
         with one_try(Path(name).is_dir()), quiet(expected=False):
             bridge = huggingface_bridge(
@@ -147,6 +149,7 @@ def converted(folder: Path, spec: str, weights: Weights, begins_texts: bool) -> 
         ValueError: if TransformerLens has no bridge for it, or the folder is damaged.
     """
     refuse_weights(spec, weights)
+    _check_memory(spec, folder)
     try:
         with one_try(local=True), quiet(expected=False):
             bridge = huggingface_bridge(
@@ -159,6 +162,18 @@ def converted(folder: Path, spec: str, weights: Weights, begins_texts: bool) -> 
         ) from error
     tokens = _tokens(bridge.tokenizer, bridge.cfg.d_vocab, bridge.cfg.n_ctx)
     return HookedModel(bridge, tokens if begins_texts else replace(tokens, bos=None), spec)
+
+
+def _check_memory(spec: str, folder: Path) -> None:
+    """Raise OSError if a folder's weights take more memory than is free."""
+    needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free = free_memory()
+    if free is not None and needed > free:
+        # No MemoryError: of one, people are told to take fewer inputs.
+        raise OSError(
+            f"model {spec!r} has {in_bytes(needed)} of weights, and {in_bytes(free)} of memory are free: end other "
+            "programs, or load it on a larger machine"
+        )
 
 
 def _stored_precision(name: str) -> torch.dtype:
