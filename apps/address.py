@@ -30,9 +30,9 @@ AGAIN = "run again for what was recalled"
 """In a session whose page runs once more though nobody asked for it: what it has said has to be said again."""
 
 TITLES: Mapping[str, str] = {
-    "home": "Home", "unit": "Unit", "site": "Site", "compare": "Compare", "heads": "Heads", "find": "Find circuits",
-    "circuit": "Circuit", "claims": "Claims", "edits": "Edits", "yours": "Your own input", "concepts": "Concepts",
-    "case": "Case: curve detector", "jobs": "Jobs",
+    "home": "Home", "unit": "Unit", "site": "Site", "compare": "Compare", "heads": "Heads", "prompts": "Prompts",
+    "find": "Find circuits", "circuit": "Circuit", "claims": "Claims", "edits": "Edits", "yours": "Your own input",
+    "concepts": "Concepts", "case": "Case: curve detector", "jobs": "Jobs",
 }  # fmt: skip
 """The pages by their path in the URL."""
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from apps.preparing import ALONE
 from apps.showing import spec_of
-from circuits.attribution import Attribution, attribute
+from circuits.attribution import Attribution, LogitParts, attribute, direct_logit_attribution
 from circuits.attribution.channels import ChannelMethod
 from circuits.autoencoders import FILE, Autoencoder, load_autoencoder
 from circuits.claims import ClaimFile, Report, read_claims
@@ -42,6 +42,7 @@ from circuits.edits.recipes import Recipe, edited
 from circuits.edits.records import canonical
 from circuits.effects import EditReport, Prediction, measure, predictions, token_losses
 from circuits.examples import Examples
+from circuits.experiments import INTACT, Variant, run
 from circuits.experiments.patched_runs import Direction
 from circuits.factories import from_file
 from circuits.featurevis.sheets import find_sheets
@@ -53,16 +54,22 @@ from circuits.localization import (
     AttentionPatterns,
     HeadScores,
     ImageAttention,
+    Lens,
+    PatchGrid,
     attention_patterns,
     image_attention,
+    logit_lens,
+    patch_grid,
     query_names,
     score_heads,
 )
 from circuits.localization.attention import attention_of as attention_of_site
+from circuits.localization.cells import By
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.paths.randomizing import randomized
 from circuits.models.paths.receptive import ReceptiveField, receptive_field
+from circuits.models.paths.selecting import select_sites
 from circuits.models.zoo.loading import find_autoencoder, list_autoencoders, load_model
 from circuits.saliency import saliency_map
 from circuits.saliency.maps import Method as PixelMethod
@@ -75,6 +82,7 @@ from circuits.store import ActivationStore
 from circuits.tasks import Task, of_examples
 from circuits.tasks.builtin import STATED, names_of
 from circuits.tasks.spec import TaskSpec
+from circuits.tasks.targets import Target, output_site
 from circuits.tuning import HeatMap, RadialTuning, heat_map, radial_tuning
 from circuits.tuning.responding import responses
 from circuits.unit_maps import Method, UnitMap, response_map, weight_map
@@ -610,6 +618,107 @@ def map_of(model: HookedModel, store: ActivationStore | None, site: str, method:
     if store is None:
         return _weight_map(hash_of(model), site, method, model)
     return _response_map(str(store.folder), site, method, store)
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+@st.cache_data(show_spinner=False, max_entries=512)
+def _metric(
+    model_hash: str, task_hash: str, edits: str, _model: HookedModel, _recipe: Recipe, _task: Task
+) -> tuple[float, ...]:
+    variants = [Variant("edited", _recipe.edits)] if _recipe.edits else []
+    which = variants[0].name if variants else INTACT
+    ways = (False,) if _task.counterparts is None else (False, True)
+    made = [run(_model, variants, _task, measures=[_task.metric], corrupted=c) for c in ways]
+    return tuple(outcomes.mean(_task.metric.name, which) for outcomes in made)
+
+
+def metric_of(model: HookedModel, recipe: Recipe, task: Task) -> tuple[float, ...]:
+    """A task's metric in the edited model: on its examples and, if there are any, on their counterparts."""
+    return _metric(hash_of(model), task.hash, identity(recipe), model, recipe, task)
+
+
+@st.cache_resource(show_spinner="Stopping at each layer…", max_entries=64)
+def _lens(model_hash: str, task_hash: str, _model: HookedModel, _task: Task) -> Lens:
+    return logit_lens(_model, _task, null=False)
+
+
+def lens_of(model: HookedModel, task: Task) -> Lens:
+    """A task's metric if the model stopped at each depth."""
+    return _lens(hash_of(model), task.hash, model, task)
+
+
+@st.cache_resource(show_spinner="Splitting the logit…", max_entries=64)
+def _logit_parts(model_hash: str, task_hash: str, _model: HookedModel, _task: Task) -> LogitParts:
+    question = _task.questions[0]
+    if _task.feeding != "one" or not question.answers:
+        raise ValueError("the task has no answer of one token: expected one to split its logit")
+    right, wrong = question.answers[0][0], question.against[0][0] if question.against else None
+    target = Target(output_site(_model).name, right, question.positions, against=wrong)
+    return direct_logit_attribution(_model, _task.examples, target)
+
+
+def logit_parts_of(model: HookedModel, task: Task) -> LogitParts:
+    """What each part of a model adds directly to the logit of a task's answer, less that of the wrong one.
+
+    Raises:
+        ValueError: if the task asks for no single token, or the model's logits cannot be split.
+    """
+    return _logit_parts(hash_of(model), task.hash, model, task)
+
+
+@st.cache_resource(show_spinner=False)
+def _patched_grids() -> OrderedDict[tuple[str, str, By], PatchGrid]:
+    return OrderedDict()
+
+
+def patched(
+    model: HookedModel, task: Task, by: By, progress: Callable[[int, int], object] | None = None
+) -> PatchGrid | None:
+    """Each cell of the counterpart put into the run on the example; without `progress` only if known."""
+    kept = _patched_grids()
+    key: tuple[str, str, By] = (hash_of(model), task.hash, by)
+    if key not in kept and progress is not None:
+        kept[key] = patch_grid(
+            model, task, by=by, direction="noising", n_random=0, progress=progress
+        )
+        while len(kept) > FOUND:
+            kept.popitem(last=False)
+    return kept.get(key)
+
+
+@st.cache_data(show_spinner=False, max_entries=16)
+def _heads(model_hash: str, _model: HookedModel) -> dict[str, Unit]:
+    try:
+        sites = select_sites(_model, "pattern")
+    except (KeyError, ValueError):  # it has none
+        return {}
+    return {
+        f"{i}.{h}": Unit(site.name, h) for i, site in enumerate(sites) for h in range(site.n_units)
+    }
+
+
+def heads_of(model: HookedModel) -> Mapping[str, Unit]:
+    """A model's heads, as units of their attention patterns, written `LAYER.HEAD`."""
+    return _heads(hash_of(model), model)
+
+
+@st.cache_data(show_spinner="Writing…", max_entries=64)
+def _continued(
+    model_hash: str, key: str, edits: str, n: int, _model: HookedModel, _recipe: Recipe, _one: Examples
+) -> list[int]:  # fmt: skip
+    with _as_edited(_model, _recipe):
+        return _model.generate(_one.inputs, n)[0].tolist()
+
+
+def continued(model: HookedModel, recipe: Recipe, one: Examples, n: int) -> list[int]:
+    """A text and its n most likely next tokens in the edited model.
+
+    Raises:
+        ValueError: if the model is not causal, or the text would grow past its context.
+    """
+    return _continued(hash_of(model), one.identity(0), identity(recipe), n, model, recipe, one)
 
 
 @st.cache_data(show_spinner=False, max_entries=512)

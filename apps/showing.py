@@ -26,8 +26,7 @@ def show(figure: Figure | Mapping[str, Any], key: str) -> None:
         figure: what to show, or its `spec_of`.
         key: names the container around it, also for CSS (`st-key-…`).
     """
-    spec = dict(figure) if isinstance(figure, Mapping) else spec_of(figure)
-    spec.pop("config", None)  # Altair's own theme: the page has one
+    spec = _themed(figure)
     fixed = _has_width(spec)
     if fixed:
         spec["autosize"] = {
@@ -36,6 +35,27 @@ def show(figure: Figure | Mapping[str, Any], key: str) -> None:
     with st.container(key=key):
         st.html(_STYLE)
         st.vega_lite_chart(spec, width="content" if fixed else "stretch", key=f"{key}-chart")
+
+
+def picked_cell(figure: Figure, key: str) -> tuple[int, int] | None:
+    """Show a matrix of cells (`figures.charts.cells`), and return the row and column that the person has clicked."""
+    spec = _themed(figure)
+    spec["params"] = [{"name": "cell", "select": {"type": "point", "fields": ["i", "j"]}}]
+    spec["autosize"] = {"type": "pad"}
+    with st.container(key=key):
+        st.html(_STYLE)
+        event = st.vega_lite_chart(
+            spec, width="content", key=f"{key}-chart", on_select="rerun", selection_mode="cell"
+        )
+    found = event["selection"].get("cell") or []
+    return (int(found[0]["i"]), int(found[0]["j"])) if found else None
+
+
+def _themed(figure: Figure | Mapping[str, Any]) -> dict[str, Any]:
+    """A figure as Vega-Lite has it, without Altair's own theme: the page has one."""
+    spec = dict(figure) if isinstance(figure, Mapping) else spec_of(figure)
+    spec.pop("config", None)
+    return spec
 
 
 def _has_width(spec: Mapping[str, Any]) -> bool:

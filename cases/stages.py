@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ import circuits
 from circuits.figures import Figure, save_figure
 from circuits.files import Keep, keeping, write_json
 from circuits.json_files import read_json
-from circuits.progress import Progress
-
-_PARTS = 100  # of a stage, for the progress bar
+from circuits.progress import Progress, portion
 
 
 @dataclass
@@ -75,17 +72,11 @@ def each_stage(
         progress: called with what is done of all stages, and all there is.
     """
     for k, (name, (facts, make)) in enumerate(stages.items()):
-        note = partial(_within, progress, k, len(stages))
+        note = portion(progress, k, k + 1, len(stages))
         note(0, 1)
         made = _kept(folder, name, facts, make, note)
         note(1, 1)
         yield name, made
-
-
-def _within(progress: Progress | None, stage: int, n: int, done: int, total: int) -> None:
-    """Tell the progress of one stage as a part of all."""
-    if progress is not None:
-        progress(stage * _PARTS + round(_PARTS * done / max(total, 1)), n * _PARTS)
 
 
 def code_of(folder: Path, *files: Path) -> str:

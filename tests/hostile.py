@@ -160,6 +160,7 @@ def pages(place: Workspace) -> Iterator[tuple[str, dict[str, str]]]:
     yield "case", {}
     yield "claims", {"model": eyes, "claim": NAMES[2]}
     yield "heads", {"model": words}
+    yield "prompts", {"model": words, "clean": NAMES[2], "answer": NAMES[3]}
     for model, site in ((eyes, "c"), (words, "act")):
         here = {"model": model, "site": site}
         yield "unit", {**here, "unit": "1"}
@@ -180,6 +181,7 @@ def asked() -> Iterator[tuple[str, dict[str, str]]]:
         ("unit", "model site unit data"), ("site", "model site as data"), ("compare", "unit other model other_model"),
         ("circuit", "unit"), ("circuit", "circuit version"), ("edits", "on watch from"), ("yours", "from text site"),
         ("concepts", "sae"), ("jobs", "model do site"), ("circuit", "circuit"),
-        ("find", "model task method search seed sites"), ("claims", "file claim"),
+        ("find", "model task method search seed sites"),
+        ("prompts", "model task example clean corrupted answer against patch head"), ("claims", "file claim"),
     ):  # fmt: skip
         yield view, {name: NAMES[(i + len(view)) % 9] for i, name in enumerate(parameters.split())}

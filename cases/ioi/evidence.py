@@ -33,7 +33,7 @@ from circuits.localization.head_variants import (
 )
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.selecting import select_sites
-from circuits.progress import Progress
+from circuits.progress import Progress, portion
 from circuits.tasks.metrics import METRICS, logit_difference
 from circuits.tasks.spec import TaskSpec
 from circuits.tasks.task import Task
@@ -139,22 +139,26 @@ def circuit(subject: Subject, told: Progress, keep: Keep) -> Stage:
     """The circuit by EAP-IG, refined by exact patching, and how good it is on the `test` half."""
     sizes, seed, graph, task = subject.sizes, subject.options.seed, subject.graph, subject.task()
     scores, other = (
-        score_edges(graph, half, "eap-ig", steps=sizes.steps, seed=seed, keep=part_of(keep, name))
-        for name, half in (("scores", task.find), ("swapped", swapped(task.find, seed)))
-    )
-    told(3, 10)
+        score_edges(
+            graph, half, "eap-ig", steps=sizes.steps, seed=seed, progress=portion(told, k, k + 1, 10),
+            keep=part_of(keep, name),
+        )
+        for k, (name, half) in enumerate(
+            {"scores": task.find, "swapped": swapped(task.find, seed)}.items()
+        )
+    )  # fmt: skip
     kept = grown(graph, scores.worth(), sizes.edges)
     others = {SWAPPED: grown(graph, other.worth(), sizes.edges)}
     made = evaluate(
         graph, task.test, kept, scores=scores if sizes.curves else None, find=task.find, others=others,
-        n_random=sizes.random, n_curves=sizes.curves, seed=seed, keep=part_of(keep, "evaluation"),
+        n_random=sizes.random, n_curves=sizes.curves, seed=seed, progress=portion(told, 2, 5, 10),
+        keep=part_of(keep, "evaluation"),
     )  # fmt: skip
-    told(5, 10)
-    checked = check_scores(Runs(graph, task.find), scores, sizes.minimal, seed)
+    find = Runs(graph, task.find)
+    checked = check_scores(find, scores, sizes.minimal, seed, portion(told, 5, 6, 10))
     smaller = refine(
-        Runs(graph, task.find), scores.worth(), sizes.refined, keep=part_of(keep, "refined")
-    )
-    told(7, 10)
+        find, scores.worth(), sizes.refined, progress=portion(told, 6, 7, 10), keep=part_of(keep, "refined")
+    )  # fmt: skip
     refined = _against_greedy(subject, task.test, scores.worth(), smaller)
     told(8, 10)
     minimal = _minimality(subject, task.test, kept)
@@ -276,14 +280,15 @@ def corruptions(subject: Subject, edges: Sequence[str], told: Progress) -> Stage
     tests: dict[str, Task] = {}
     for k, (corruption, order) in enumerate(asked):
         task, name = subject.task(corruption, order), f"{corruption}, {order}"
-        scores = score_edges(graph, task.find, "eap-ig", steps=sizes.steps)
+        scores = score_edges(
+            graph, task.find, "eap-ig", steps=sizes.steps, progress=portion(told, k, k + 1, len(asked) + 1)
+        )  # fmt: skip
         masks[name] = grown(graph, scores.worth(), sizes.edges)
         values[name], tests[name] = scores.mean, task.test
         effects[name] = {
             "clean": float(scores.clean.mean()),
             "corrupted": float(scores.corrupted.mean()),
         }
-        told(k + 1, len(asked) + 1)
     names = list(masks)
     alike = [[shared(masks[a], masks[b]) for b in names] for a in names]
     density = sizes.edges / len(graph)
@@ -317,9 +322,7 @@ def edits(subject: Subject, heads: Sequence[str], told: Progress) -> Stage:
     free = {n: [h for h in names if layer_of(h) == n and h not in heads] for n in set(layers)}
     draws = [[str(rng.choice(free[n])) for n in layers] for _ in range(subject.sizes.random)]
     predicted = _removed(subject, task.find, [heads])[0]
-    told(1, 5)
-    measured, *others = _removed(subject, task.test, [heads, *draws])
-    told(3, 5)
+    measured, *others = _removed(subject, task.test, [heads, *draws], portion(told, 0, 1, 5))
     seed = subject.options.seed
     ablation = {
         "heads": list(heads), "predicted": interval_of(predicted, task.find.clusters, seed),
@@ -327,7 +330,7 @@ def edits(subject: Subject, heads: Sequence[str], told: Progress) -> Stage:
         "p_value": p_value(float(measured.mean()), [float(o.mean()) for o in others]),
         "null_is": "as many random heads of the same layers",
     }  # fmt: skip
-    steered = _steering(subject, heads, rng)
+    steered = _steering(subject, heads, rng, portion(told, 1, 5, 5))
     rows = [_bar("heads removed, on find", "predicted", ablation["predicted"])]
     rows += [
         _bar("heads removed, on test", "measured", ablation["measured"]),
@@ -360,23 +363,25 @@ def _null_bar(what: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def _changed(
-    model: HookedModel, task: Task, variants: Sequence[Variant]
+    model: HookedModel, task: Task, variants: Sequence[Variant], told: Progress | None = None
 ) -> list[Float[np.ndarray, " example"]]:
     """How the logit difference changes in each variant."""
-    made = run(model, variants, task, measures=[logit_difference])
+    made = run(model, variants, task, measures=[logit_difference], progress=told)
     name = logit_difference.name
     return [made.of(name, v.name) - made.of(name) for v in variants]
 
 
 def _removed(
-    subject: Subject, task: Task, sets: Sequence[Sequence[str]]
+    subject: Subject, task: Task, sets: Sequence[Sequence[str]], told: Progress | None = None
 ) -> list[Float[np.ndarray, " example"]]:
     """The same if each set of heads puts out what it puts out in the counterpart's run."""
     variants = [exchanged_heads(str(k), subject.model, heads) for k, heads in enumerate(sets)]
-    return _changed(subject.model, task, variants)
+    return _changed(subject.model, task, variants, told)
 
 
-def _steering(subject: Subject, heads: Sequence[str], rng: np.random.Generator) -> dict[str, Any]:
+def _steering(
+    subject: Subject, heads: Sequence[str], rng: np.random.Generator, told: Progress
+) -> dict[str, Any]:
     """Moving the heads' outputs at the last token along what tells a swapped S2 from the right one.
 
     The direction of each head is the mean difference between the run in which S2 is IO (`swap`) and the clean one, on
@@ -392,17 +397,22 @@ def _steering(subject: Subject, heads: Sequence[str], rng: np.random.Generator) 
     steps = []
 
     def moved(
-        half: Task, directions: Sequence[Mapping[str, HeadVectors]], times: float
+        half: Task,
+        directions: Sequence[Mapping[str, HeadVectors]],
+        times: float,
+        told: Progress | None = None,
     ) -> list[np.ndarray]:
         variants = [
             moved_heads(str(k), subject.model, half, heads, one, times)
             for k, one in enumerate(directions)
         ]
-        return _changed(subject.model, half, variants)
+        return _changed(subject.model, half, variants, told)
 
-    for times in _STEPS:
+    for k, times in enumerate(_STEPS):
         (predicted,) = moved(swap.find, [along], times)
-        measured, *others = moved(swap.test, [along, *drawn], times)
+        measured, *others = moved(
+            swap.test, [along, *drawn], times, portion(told, k, k + 1, len(_STEPS))
+        )
         null = [float(o.mean()) for o in others]
         steps.append({
             "times": times, "predicted": interval_of(predicted, swap.find.clusters, seed),

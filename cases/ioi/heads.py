@@ -23,7 +23,7 @@ from circuits.localization import (
 from circuits.localization.heads import CHANCE, KINDS
 from circuits.models.adapter.inputs import TokenInput
 from circuits.models.paths.selecting import select_sites
-from circuits.progress import Progress
+from circuits.progress import Progress, portion
 from circuits.tasks.task import Task
 from circuits.tasks.templates.words import NAMES
 
@@ -67,7 +67,7 @@ def heads(subject: Subject, told: Progress) -> Stage:
     seen = attention_from_end(subject, task.test)
     told(2, 8)
     movers = [h for h in found if copies.of(h).holds or lowers.of(h).holds] or found[:_STAND_INS]
-    into = _into_queries(subject, movers)
+    into = _into_queries(subject, movers, portion(told, 2, 6, 8))
     told(6, 8)
     grown, after, removed = _backups(subject, task.test, direct, movers, judged)
     told(7, 8)
@@ -218,7 +218,7 @@ def attention_from_end(
     return made
 
 
-def _into_queries(subject: Subject, movers: Sequence[str]) -> dict[str, RoleTests]:
+def _into_queries(subject: Subject, movers: Sequence[str], told: Progress) -> dict[str, RoleTests]:
     """What heads do to the answer by way of the movers' queries alone, compared with other heads' queries.
 
     Path patching (Wang et al. 2022, section 3.2), of all movers together, from counterparts that take away the token
@@ -233,13 +233,15 @@ def _into_queries(subject: Subject, movers: Sequence[str]) -> dict[str, RoleTest
         free = [h for h in names if layer_of(h) == layer and h not in (*movers, *others)]
         others += [str(rng.choice(free))] if free else []
     made = {}
-    for corruption in SIGNALS:
+    for k, corruption in enumerate(SIGNALS):
         test = subject.task(corruption).test
         values, chance = (
             -subject.changes(
-                test, [[f"{h} -> {r}.q" for r in to if layer_of(r) > layer_of(h)] for h in senders]
+                test,
+                [[f"{h} -> {r}.q" for r in to if layer_of(r) > layer_of(h)] for h in senders],
+                told=portion(told, 2 * k + half, 2 * k + half + 1, 2 * len(SIGNALS)),
             )
-            for to in (movers, others)
+            for half, to in enumerate((movers, others))
         )
         made[corruption] = judge_heads(
             "S-inhibition", senders, values, chance,

@@ -40,7 +40,7 @@ from circuits.localization import (
     Readouts,
     Sufficiency,
 )
-from circuits.localization.grids import Quantity
+from circuits.localization.grids import PatchDirection, Quantity
 
 _ROWS = {
     "head": ("site", "head"), "head_position": ("head", "position"), "unit": ("site", "unit"), "path": ("from", "into"),
@@ -74,6 +74,18 @@ def patch_grid_figure(
         for name, matrix in panels.items()
     ]
     return _compared(drawn, title or f"{grid.metric.name} of {grid.record.measured_on}")
+
+
+def patch_cells_figure(grid: PatchGrid, way: PatchDirection | None = None) -> Figure:
+    """One direction of a grid as a single view, in which a page can ask which cell was clicked.
+
+    Args:
+        grid: what was found.
+        way: the direction; the first one if None.
+    """
+    matrix = grid.matrix("normalised", way)
+    y, x = _ROWS.get(grid.by, ("site", "position"))
+    return _grid(matrix, signed("share of the way", matrix), grid.rows, grid.columns, y, x)
 
 
 def readout_figure(readouts: Readouts, title: str = "") -> Figure:

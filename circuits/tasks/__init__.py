@@ -3,6 +3,7 @@
 from circuits.tasks.compiling import compile_task
 from circuits.tasks.items import Item
 from circuits.tasks.metrics import METRICS, Custom, Metric, UnitActivation, as_metric
+from circuits.tasks.prompts import task_of_prompts
 from circuits.tasks.task import Question, Task, next_tokens, of_examples
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "compile_task",
     "next_tokens",
     "of_examples",
+    "task_of_prompts",
 ]
