@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,9 +44,10 @@ from circuits.effects import EditReport, Prediction, measure, predictions, token
 from circuits.examples import Examples
 from circuits.experiments import INTACT, Variant, run
 from circuits.experiments.patched_runs import Direction
+from circuits.faces import Face, faces_of
 from circuits.factories import from_file
-from circuits.featurevis.sheets import find_sheets
 from circuits.figures import attention_figure, heads_figure
+from circuits.graph.circuit import Node
 from circuits.graph.store import FILE as GRAPH
 from circuits.graph.store import GraphStore
 from circuits.harvesting import find_stores
@@ -74,7 +75,6 @@ from circuits.models.zoo.loading import find_autoencoder, list_autoencoders, loa
 from circuits.saliency import saliency_map
 from circuits.saliency.maps import Method as PixelMethod
 from circuits.specs import split_attached
-from circuits.stimuli.images import open_picture
 from circuits.stimuli.labels import read_labels
 from circuits.stimuli.sources import Source, open_source
 from circuits.stimuli.spelling import marked, word_of
@@ -543,40 +543,48 @@ def expanded_of(model: HookedModel, source: Unit, target: Unit) -> tuple[np.ndar
     return _expanded(hash_of(model), str(source), str(target), model)
 
 
-@st.cache_data(show_spinner=False, max_entries=2048)
-def _thumbnail(path: str, written: int, size: int) -> str:
-    with open_picture(path) as image:
-        small = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+@st.cache_data(show_spinner=False, max_entries=4096)
+def _thumbnail(path: str, member: str, written: int, size: int, _face: Face) -> str:
+    small = _face.picture().resize((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def thumbnail(path: Path, size: int = 64) -> str:
-    """A small picture, to be put into a page as it is; empty if the file cannot be read."""
+def thumbnail(face: Face, size: int = 64) -> str:
+    """A face to be put into a page as it is; empty if it is a token, or its file cannot be read."""
+    if face.kind == "token":
+        return ""
     try:
-        return _thumbnail(str(path), path.stat().st_mtime_ns, size)
+        written = face.path.stat().st_mtime_ns
+        return _thumbnail(str(face.path), face.member, written, size, face)
     except OSError:
         return ""
 
 
-def pictured(record: ModelRecord) -> Mapping[Unit, Path]:
-    """Every unit of a model that has a picture, with the newest: a tile of a sheet, or one of its own."""
+def faces(record: ModelRecord) -> Mapping[Unit, Face]:
+    """The face of every unit of a model that has one."""
     folder = workspace().model_folder(record.hash)
-    places = [folder / "pictures", *sorted((folder / "sheets").glob("*/sheet.json"))]
+    places = [
+        folder / "pictures",
+        folder / "faces",
+        *sorted((folder / "sheets").glob("*/sheet.json")),
+    ]
     stamp = [p.stat().st_mtime_ns for p in places if p.exists()]
-    return _pictured(record.hash, tuple(stamp))
+    return _faces(record.hash, tuple(stamp))
 
 
 @st.cache_resource(show_spinner=False, max_entries=16)
-def _pictured(model_hash: str, stamp: tuple[int, ...]) -> dict[Unit, Path]:
-    found: dict[Unit, Path] = {}
-    for sheet in find_sheets(workspace().sheets_folder(model_hash)):
-        if any(facts.get("kind", "positive") == "positive" for facts in sheet.facts[:1]):
-            found |= {Unit(sheet.site, i): sheet.tile_path(i) for i in range(len(sheet.facts))}
-    for unit, path in workspace().pictured(model_hash):
-        if "-negative" not in path.name and "-diverse" not in path.name:
-            found[unit] = path
+def _faces(model_hash: str, stamp: tuple[int, ...]) -> dict[Unit, Face]:
+    return faces_of(workspace(), model_hash)
+
+
+def thumbnails(faces: Mapping[Unit, Face], nodes: Iterable[Node]) -> dict[Node, str]:
+    """The pictures of a circuit's nodes, to be put into a page; those that have none are left out."""
+    found: dict[Node, str] = {}
+    for node in nodes:
+        if isinstance(node, Unit) and node in faces and (small := thumbnail(faces[node])):
+            found[node] = small
     return found
 
 

@@ -13,6 +13,7 @@ from circuits.autoencoders import FILE, load_autoencoder
 from circuits.concepts import Name, import_names, name_by_attributes, names_of, pooled, save_names
 from circuits.discovery import discover, edge_graph
 from circuits.examples import Examples
+from circuits.faces import make_faces
 from circuits.families import find_families, save_family, saved_families
 from circuits.featurevis.render import visualize_units
 from circuits.featurevis.shipping import SHIPPED, unpack
@@ -413,6 +414,7 @@ def _activations(
     store = harvest(
         model, open_source(data), sites, workspace, record, skip_bad=True, progress=progress
     )
+    make_faces(workspace, model, store, Examples(model, open_source(data), None, skip_bad=True))
     units = sum(s.n_units for s in store.provenance.sites)
     result = f"{len(store.provenance.examples) - len(store.skipped)} examples, {units} units"
     if store.skipped:

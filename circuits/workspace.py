@@ -261,6 +261,14 @@ class Workspace:
         """Where the neuron sheets of a model are, each in a folder of its own."""
         return self.model_folder(model_hash) / "sheets"
 
+    def faces_folder(self, model_hash: str) -> Path:
+        """Where the small pictures are by which units are known (`circuits.faces`)."""
+        return self.model_folder(model_hash) / "faces"
+
+    def faces_path(self, model_hash: str, site: str) -> Path:
+        """The archive with the faces of a site's units."""
+        return self.faces_folder(model_hash) / f"{_file_name(site)}.zip"
+
     def autoencoder_path(self, name: str) -> Path:
         """Where an autoencoder is: the folder `NAME`, or the file of a variant, `NAME/VARIANT`."""
         folder, _, variant = name.partition("/")

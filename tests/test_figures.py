@@ -20,6 +20,7 @@ from circuits.attribution import attribute
 from circuits.effects import Prediction
 from circuits.equivariance import Equivariance
 from circuits.experiments.ablation import ablate
+from circuits.faces import Face
 from circuits.families import Family, Member
 from circuits.figures import (
     ablation_figure,
@@ -155,7 +156,9 @@ def test_a_circuit_is_drawn_from_the_bottom_up(branches: HookedModel, tmp_path: 
     Image.new("RGB", (40, 40), (10, 200, 30)).save(tmp_path / "green.png")
     with build_graph(branches, tmp_path) as store:
         graph = store.neighbourhood("cat:1", hops=1, top=3)
-    figure = circuit_figure(graph, {Unit("cat", 1): tmp_path / "green.png"}, "cat:1")
+    figure = circuit_figure(
+        graph, {Unit("cat", 1): Face("visualization", "green", tmp_path / "green.png")}, "cat:1"
+    )
     texts = [v for v in views(figure, "text") if "site" in v.rows[0]]
     height = {r["site"]: r["y"] for r in texts[0].rows}
     assert height["stem_relu"] < height["cat"] < height["out_relu"]

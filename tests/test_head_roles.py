@@ -107,6 +107,25 @@ def test_heads_are_judged_by_paired_tests_that_are_corrected() -> None:
     assert [h["head"] for h in said["heads"]] == ["0.1", "0.4"]
 
 
+def test_an_effect_of_no_consequence_is_no_role() -> None:
+    """Where chance lies on the other side of 0, no effect differs from it too."""
+    rng = np.random.default_rng(1)
+    values = np.array([[0.0], [0.02], [1.0]]) + 0.001 * rng.normal(size=(3, 30))
+    chance = np.full((3, 30), -0.01)
+    heads = ["0.0", "0.1", "0.2"]
+
+    def found(least: float | None, sign: int = 1) -> list[str]:
+        side = "above" if sign > 0 else "below"
+        tests = judge_heads(
+            "r", heads, sign * values, sign * chance, measure="m", side=side, least=least
+        )
+        return [t.head for t in tests.found]
+
+    assert found(None) == ["0.2", "0.1", "0.0"]
+    assert found(0.0015) == found(0.0015, -1) == ["0.2", "0.1"]
+    assert found(0.05) == found(0.05, -1) == ["0.2"]
+
+
 def test_without_the_first_token_scores_are_shares_of_the_rest_by_a_loop(
     bridge: HookedModel,
 ) -> None:
@@ -200,6 +219,7 @@ def test_bad_input_is_one_clear_line(bridge: HookedModel, branches: HookedModel)
         (lambda: copying_heads(bridge, [1, 2, 3], [0], permutations=-1), "permutations -1: expected 0 or more"),
         (lambda: copying_heads(bridge, [1, 2, 99999], [0]), "token 99999 is not in the vocabulary"),
         (lambda: judge_heads("r", ["0.0"], values, measure="m"), "values have 2 rows: expected one for each of 1"),
+        (lambda: judge_heads("r", ["a", "b"], values, measure="m", least=-1), "least -1: expected a number of at"),
         (lambda: judge_heads("r", ["a", "b"], values, measure="m", n_tests=1), "n_tests 1: expected at least"),
         (lambda: judge_heads("r", ["a", "b"], values, values[:1], measure="m"), r"chance has shape \(1, 3\)"),
         (lambda: judge_heads("r", ["a", "b"], values, measure="m", clusters=[0, 0, 0]), "at least two clusters"),

@@ -164,6 +164,8 @@ _SHEET_CSS = """
 .unit-tile { border: 1px solid var(--st-border-color, #ccc); border-radius: 4px; padding: 1px; cursor: pointer;
   min-height: calc(var(--tile) + 16px);
   background: var(--st-secondary-background-color); color: var(--st-text-color); font-size: 10px; line-height: 1.2; }
+.unit-tile .word { display: block; font-size: 13px; line-height: calc(var(--tile) - 4px); overflow: hidden;
+  text-overflow: ellipsis; white-space: pre; height: calc(var(--tile) - 4px); }
 .unit-tile img { width: 100%; display: block; border-radius: 3px; }
 .unit-tile:hover, .unit-tile:focus { border-color: #E69F00; }
 """
@@ -196,9 +198,11 @@ class Tile:
         label: below its picture.
         title: all that is said of it.
         picture: a data URI; empty for none.
+        text: what stands in its place where there is none, such as a token.
     """
 
     id: str
     label: str
     title: str
     picture: str
+    text: str = ""

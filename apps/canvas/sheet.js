@@ -15,6 +15,12 @@ export default function (component) {
       image.loading = "lazy";
       button.append(image);
     }
+    if (!tile.picture && tile.text) {
+      const word = document.createElement("span");
+      word.className = "word";
+      word.textContent = tile.text.replaceAll("\n", "↵");
+      button.append(word);
+    }
     const label = document.createElement("span");
     label.textContent = tile.label;
     button.append(label);

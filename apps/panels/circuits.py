@@ -241,5 +241,6 @@ def _saved(record: ModelRecord, now: Drawing) -> None:
 
 
 def _drawn(record: ModelRecord, shown: CircuitGraph, kind: Format) -> bytes:
-    pictures = {n: p for n, p in cached.pictured(record).items() if n in shown}
-    return figure_bytes(circuit_figure(shown, pictures), kind)
+    known = cached.faces(record)
+    faces = {n: known[n] for n in shown if isinstance(n, Unit) and n in known}
+    return figure_bytes(circuit_figure(shown, faces), kind)

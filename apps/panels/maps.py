@@ -51,9 +51,7 @@ def map_panel(
         return None
     known = zip(table["unit"], table["name"], strict=True)
     names: dict[Node, str] = {site.unit(int(i)): name for i, name in known if name}
-    pictures: dict[Node, str] = {
-        u: cached.thumbnail(p) for u, p in cached.pictured(record).items() if u in graph
-    }
+    pictures = cached.thumbnails(cached.faces(record), graph)
     tapped = canvas(
         graph, pictures, names, layout=f"{site.name} {method} {by_weights} {len(graph)}", key="map"
     )

@@ -48,7 +48,7 @@ def relations_panel(look: Look) -> None:
 
 
 def _sibling(look: Look, label: str, unit: Unit, phase: str) -> None:
-    picture = cached.pictured(look.record).get(unit)
-    if picture is not None and (small := cached.thumbnail(picture)):
+    face = cached.faces(look.record).get(unit)
+    if face is not None and (small := cached.thumbnail(face)):
         st.image(small, width=56)
     link("unit", phase, help=named(look.model, unit), model=label, site=unit.site, unit=unit.index)

@@ -70,8 +70,8 @@ def _section(
 
 def _connection(look: Look, connection: Connection, end: str) -> None:
     other: Unit = getattr(connection, end)
-    picture = cached.pictured(look.record).get(other)
-    if picture is not None and (small := cached.thumbnail(picture)):
+    face = cached.faces(look.record).get(other)
+    if face is not None and (small := cached.thumbnail(face)):
         st.image(small, width=64)
     st.button(
         plain(brief(look.model, other)), help=plain(named(look.model, other)),

@@ -91,10 +91,8 @@ def _body(record: ModelRecord, model: HookedModel, store: GraphStore | LiveGraph
     if not len(shown):
         st.info("Nothing is left: add a unit.")
         return
-    paths = cached.pictured(record)
-    pictures: dict[Node, str] = {
-        n: cached.thumbnail(paths[n]) for n in shown if isinstance(n, Unit) and n in paths
-    }
+    faces = cached.faces(record)
+    pictures = cached.thumbnails(faces, shown)
     names: dict[Node, str] = {
         n: name_of(model, n) for n in shown if isinstance(n, Unit) and n.site != INPUT
     }

@@ -85,8 +85,8 @@ def _chosen(name: str, model_name: str, labels: list[str]) -> Side | None:
     st.subheader(plain(named(model, unit)))
     st.caption(plain(f"{model.name} · weights {record.hash[:16]}"))
     link("unit", "Its page", model=label, site=unit.site, unit=unit.index)
-    picture = cached.pictured(record).get(unit)
-    if picture is not None and (small := cached.thumbnail(picture, 224)):
+    face = cached.faces(record).get(unit)
+    if face is not None and (small := cached.thumbnail(face, 224)):
         st.image(small, width=224)
     return Side(name, record, model, unit)
 

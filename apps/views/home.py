@@ -6,7 +6,8 @@ import streamlit as st
 
 from apps import cached
 from apps.address import TROUBLE, code, line, link, open_page, plain
-from apps.canvas import Tile, sheet
+from apps.canvas import sheet
+from apps.panels.sheets import tile_of
 from circuits.concepts import names_of
 from circuits.database import Database
 from circuits.families import saved_families
@@ -23,7 +24,7 @@ FIRST = ("efficientnet-lite0", "cleanroom")
 """The models that are listed before all others: a real network, and the one that the tour is about."""
 
 FACES = 32
-"""Pictures of units that are shown of each model, at most."""
+"""Units that are shown of each model, at most."""
 
 
 def page() -> None:
@@ -100,8 +101,9 @@ def _model(record: ModelRecord, database: Database) -> None:
             st.caption(f"No activations yet: {code(harvest)}.")
         for trouble in unusable_stores(cached.workspace(), record.hash):
             st.caption(f"⚠ {plain(trouble)}")
+        made = [face for face in cached.faces(record).values() if face.kind == "visualization"]
         kept = {
-            "pictures": len(cached.pictured(record)), "families": len(saved_families(database, record.hash)),
+            "pictures": len(made), "families": len(saved_families(database, record.hash)),
             "circuits": len(saved_circuits(database, record.hash)), "named units": len(names_of(database, record.hash)),
         }  # fmt: skip
         st.caption(", ".join(f"{plain(what)}: {n:d}" for what, n in kept.items()))
@@ -109,14 +111,14 @@ def _model(record: ModelRecord, database: Database) -> None:
 
 
 def _faces(record: ModelRecord, label: str) -> None:
-    """Pictures of some units of each site that has any; a click opens the unit."""
-    pictures = cached.pictured(record)
+    """The faces of some units of each site that has any; a click opens the unit."""
+    faces = cached.faces(record)
     sites: dict[str, list[Unit]] = {}
-    for unit in pictures:
+    for unit in faces:
         sites.setdefault(unit.site, []).append(unit)
     each = FACES // max(1, len(sites)) or 1
     chosen = [unit for units in sites.values() for unit in _spread(units, each)][:FACES]
-    tiles = [Tile(str(u), str(u.index), str(u), cached.thumbnail(pictures[u], 56)) for u in chosen]
+    tiles = [tile_of(unit, faces) for unit in chosen]
     if tiles and (picked := sheet(tiles, key=f"faces-{label}")) is not None:
         unit = Unit.parse(picked)
         open_page("unit", model=label, site=unit.site, unit=unit.index)

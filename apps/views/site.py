@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from shlex import quote
-
 import pandas as pd
 import streamlit as st
 
@@ -12,16 +10,15 @@ from apps.address import (
     choose,
     choose_model,
     choose_site,
-    code,
     link,
     names_at,
     not_harvested,
     open_page,
     plain,
 )
-from apps.canvas import Tile, sheet
 from apps.panels.bases import basis_panel
 from apps.panels.maps import map_panel
+from apps.panels.sheets import sheet_panel
 from circuits.concepts import names_of
 from circuits.families import saved_families
 from circuits.models.adapter.hooked_model import HookedModel
@@ -46,8 +43,8 @@ def page() -> None:
     about = f"{model.name} · {site.n_units} units ({site.kind}) · weights {record.hash[:16]}"
     st.caption(plain(about))
     table = _filtered(record, _table(record, model, site, store), site)
-    pictureless = isinstance(model.input, TokenInput)
-    way = choose("Show as", WAYS[pictureless:], "as")
+    faceless = isinstance(model.input, TokenInput) and site.unit(0) not in cached.faces(record)
+    way = choose("Show as", WAYS[faceless:], "as")
     if way == "table":
         _as_table(record, site, table)
     elif way == "map":
@@ -55,7 +52,9 @@ def page() -> None:
         if picked is not None:
             _open(record, picked)
     else:
-        _as_sheet(record, site, table)
+        picked = sheet_panel(record, model, site, table)
+        if picked is not None:
+            _open(record, picked)
     link(
         "compare",
         "Compare two units",
@@ -108,32 +107,6 @@ def _filtered(record: ModelRecord, table: pd.DataFrame, site: Site) -> pd.DataFr
     found = table.loc[keep].sort_values(str(order), ascending=not downward, kind="stable")
     st.caption(f"{len(found):,} of {len(table):,} units")
     return found
-
-
-def _as_sheet(record: ModelRecord, site: Site, table: pd.DataFrame) -> None:
-    pictures = cached.pictured(record)
-    tiles = []
-    for row in table.to_dict("records"):
-        unit = site.unit(int(row["unit"]))
-        path = pictures.get(unit)
-        title = ", ".join(filter(None, (str(unit), str(row["name"]), str(row["family"]))))
-        tiles.append(
-            Tile(str(unit), str(unit.index), title, cached.thumbnail(path, 56) if path else "")
-        )
-    picked = sheet(tiles)
-    if picked is not None:
-        _open(record, Unit.parse(picked))
-    missing = sum(not tile.picture for tile in tiles)
-    if missing:
-        visualize = code(f"circuits visualize {record.arguments} {quote(site.name)} --sheet")
-        st.caption(f"{missing:d} have no picture: {visualize} makes all of them.")
-        link(
-            "jobs",
-            "Make the sheet in the background",
-            do="sheet",
-            model=cached.label_of(record),
-            site=site.name,
-        )
 
 
 def _as_table(record: ModelRecord, site: Site, table: pd.DataFrame) -> None:

@@ -49,14 +49,14 @@ def _units(record: ModelRecord, model: HookedModel, one: Examples, site: str) ->
     strengths = place.activations(value)[0].amax(1)
     order = strengths.argsort(descending=True)[:LISTED].tolist()
     deviations = _deviations(record, site)
-    pictures, label = cached.pictured(record), cached.label_of(record)
+    faces, label = cached.faces(record), cached.label_of(record)
     for columns in (st.columns(LISTED // 2), st.columns(LISTED // 2)):
         for column in columns:
             if not order:
                 return
             unit = Unit(place.name, order.pop(0))
             with column:
-                if unit in pictures and (small := cached.thumbnail(pictures[unit], 96)):
+                if unit in faces and (small := cached.thumbnail(faces[unit], 96)):
                     st.image(small, width=96)
                 number = float(strengths[unit.index])
                 beside = (

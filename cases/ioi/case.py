@@ -45,7 +45,7 @@ def run(
     stages: dict[str, Make] = {
         "behaviour": lambda *_: evidence.behaviour(subject),
         "heads": lambda told, _: heads(subject, told),
-        "edits": lambda told, _: evidence.edits(subject, made["heads"].numbers["inhibitors"], told),
+        "edits": lambda told, _: evidence.edits(subject, made["heads"].numbers, told),
         "circuit": lambda told, keep: evidence.circuit(subject, told, keep),
         "corruptions": lambda told, _: evidence.corruptions(subject, made["circuit"].numbers["edges"], told),
     }  # fmt: skip

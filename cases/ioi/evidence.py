@@ -312,8 +312,15 @@ def corruptions(subject: Subject, edges: Sequence[str], told: Progress) -> Stage
 # --- 5. edits ------------------------------------------------------------------------------------
 
 
-def edits(subject: Subject, heads: Sequence[str], told: Progress) -> Stage:
-    """What removing and steering some heads does: predicted on `find`, measured on `test`, next to random ones."""
+def edits(subject: Subject, found: Mapping[str, Any], told: Progress) -> Stage:
+    """What removing, steering and keeping some heads does, next to random ones.
+
+    Args:
+        subject: what the case is about.
+        found: the numbers of the stage `heads`.
+        told: called with what is done and all there is.
+    """
+    heads: Sequence[str] = found["inhibitors"]
     task, rng = (
         subject.task("abc", n=subject.sizes.heads),
         np.random.default_rng(subject.options.seed),
@@ -322,7 +329,7 @@ def edits(subject: Subject, heads: Sequence[str], told: Progress) -> Stage:
     free = {n: [h for h in names if layer_of(h) == n and h not in heads] for n in set(layers)}
     draws = [[str(rng.choice(free[n])) for n in layers] for _ in range(subject.sizes.random)]
     predicted = _removed(subject, task.find, [heads])[0]
-    measured, *others = _removed(subject, task.test, [heads, *draws], portion(told, 0, 1, 5))
+    measured, *others = _removed(subject, task.test, [heads, *draws], portion(told, 0, 1, 6))
     seed = subject.options.seed
     ablation = {
         "heads": list(heads), "predicted": interval_of(predicted, task.find.clusters, seed),
@@ -330,7 +337,8 @@ def edits(subject: Subject, heads: Sequence[str], told: Progress) -> Stage:
         "p_value": p_value(float(measured.mean()), [float(o.mean()) for o in others]),
         "null_is": "as many random heads of the same layers",
     }  # fmt: skip
-    steered = _steering(subject, heads, rng, portion(told, 1, 5, 5))
+    steered = _steering(subject, heads, rng, portion(told, 1, 5, 6))
+    kept = _kept(subject, task.test, found, rng, portion(told, 5, 6, 6))
     rows = [_bar("heads removed, on find", "predicted", ablation["predicted"])]
     rows += [
         _bar("heads removed, on test", "measured", ablation["measured"]),
@@ -344,8 +352,69 @@ def edits(subject: Subject, heads: Sequence[str], told: Progress) -> Stage:
         ]
     caption = "Change of the logit difference by removing and by steering the heads that move the movers' queries."
     return Stage(
-        {"ablation": ablation, "steering": steered}, {caption: drawing.bars(rows, "change, logits")}
+        {"ablation": ablation, "steering": steered, "kept": kept},
+        {caption: drawing.bars(rows, "change, logits")},
     )
+
+
+_WRITERS = (
+    "name mover",
+    "S suppressor",
+    "negative name mover",
+    "backup name mover",
+    "S-inhibition",
+)
+"""The roles of heads that name the answer, and that tell others where to look."""
+
+_READERS = ("duplicate token", "previous token", "induction")
+"""The roles of heads that find out which name stands twice."""
+
+
+def _kept(
+    subject: Subject,
+    test: Task,
+    found: Mapping[str, Any],
+    rng: np.random.Generator,
+    told: Progress,
+) -> list[dict[str, Any]]:
+    """What is left if all heads but those with some roles put out what they put out on the counterpart.
+
+    As Wang et al. 2022 (section 4) keep the heads of a circuit, with every MLP; they replace other heads by means
+    over texts with three names, here it is one such text. The null keeps as many random heads of each layer.
+    """
+    made, names = list[dict[str, Any]](), subject.heads
+    roles = {
+        "heads that write": _WRITERS,
+        "these and heads that look for copies": (*_WRITERS, *_READERS),
+    }
+    intact, other = (
+        run(subject.model, [], test, measures=[logit_difference], corrupted=c).of(
+            logit_difference.name
+        )
+        for c in (False, True)
+    )
+    for k, (what, some) in enumerate(roles.items()):
+        own = {h for role in some for h in found["roles"][role]["found"]}
+        sets = [own]
+        for _ in range(subject.sizes.kept):
+            drawn: set[str] = set()
+            for layer in {layer_of(h) for h in own}:
+                of_layer = [h for h in names if layer_of(h) == layer]
+                n = sum(layer_of(h) == layer for h in own)
+                drawn |= set(map(str, rng.choice(of_layer, n, replace=False)))
+            sets.append(drawn)
+        changes = _removed(
+            subject, test, [[h for h in names if h not in kept] for kept in sets], portion(told, k, k + 1, len(roles))
+        )  # fmt: skip
+        left = intact + changes[0]
+        made.append({
+            "what": what, "heads": sorted(own, key=_order),
+            "left": interval_of(left, test.clusters, subject.options.seed), "intact": float(intact.mean()),
+            "none": float(other.mean()), "share": float(left.mean() / intact.mean()),
+            "random": [float((intact + c).mean() / intact.mean()) for c in changes[1:]],
+            "null_is": "as many random heads of each layer",
+        })  # fmt: skip
+    return made
 
 
 def _bar(what: str, kind: str, found: Mapping[str, float]) -> dict[str, Any]:

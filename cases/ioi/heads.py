@@ -30,6 +30,10 @@ from circuits.tasks.templates.words import NAMES
 LEAST = 0.3
 """The least share of attention (that to the first token left out) with which a head counts as one of a kind."""
 
+LEAST_EFFECT = 0.01
+"""The least share of the logit difference by which a head has to raise or lower it to count: an effect of a thousandth
+differs from none too, with enough texts."""
+
 _SHOWN = 12
 """Heads of each role in `results.json`."""
 
@@ -53,12 +57,12 @@ def heads(subject: Subject, told: Progress) -> Stage:
     copies, lowers = copying.roles()
     told(1, 8)
     names = subject.heads
-    direct = -direct_effects(subject.model, task.test).values
+    measured = direct_effects(subject.model, task.test)
+    direct = -measured.values
     judged: dict[str, Any] = {
-        "clusters": task.test.clusters,
-        "seed": subject.options.seed,
-        "unit": "logits",
-    }
+        "clusters": task.test.clusters, "seed": subject.options.seed, "unit": "logits",
+        "least": LEAST_EFFECT * float(measured.base.mean()),
+    }  # fmt: skip
     lost = "logit difference that is lost at the logits alone"
     speaks = judge_heads("speaks for the answer", names, direct, measure=lost, **judged)
     against = judge_heads(
@@ -67,7 +71,7 @@ def heads(subject: Subject, told: Progress) -> Stage:
     seen = attention_from_end(subject, task.test)
     told(2, 8)
     movers = [h for h in found if copies.of(h).holds or lowers.of(h).holds] or found[:_STAND_INS]
-    into = _into_queries(subject, movers, portion(told, 2, 6, 8))
+    into = _into_queries(subject, movers, judged["least"], portion(told, 2, 6, 8))
     told(6, 8)
     grown, after, removed = _backups(subject, task.test, direct, movers, judged)
     told(7, 8)
@@ -150,10 +154,11 @@ def _both(one: RoleTests, *others: RoleTests) -> dict[str, Any]:
 
 def _found_movers(subject: Subject, find: Task) -> list[str]:
     """The heads that speak for the answer on the `find` half, the strongest first: whose queries are looked into."""
-    values = -direct_effects(subject.model, find).values
+    found = direct_effects(subject.model, find)
+    values = -found.values
     tests = judge_heads(
         "speaks for the answer", subject.heads, values, measure="direct effect", clusters=find.clusters,
-        seed=subject.options.seed,
+        seed=subject.options.seed, least=LEAST_EFFECT * float(found.base.mean()),
     )  # fmt: skip
     strong = [t.head for t in tests.found]
     return strong or [subject.heads[i] for i in np.argsort(-values.mean(1))[:_STAND_INS]]
@@ -218,7 +223,9 @@ def attention_from_end(
     return made
 
 
-def _into_queries(subject: Subject, movers: Sequence[str], told: Progress) -> dict[str, RoleTests]:
+def _into_queries(
+    subject: Subject, movers: Sequence[str], least: float, told: Progress
+) -> dict[str, RoleTests]:
     """What heads do to the answer by way of the movers' queries alone, compared with other heads' queries.
 
     Path patching (Wang et al. 2022, section 3.2), of all movers together, from counterparts that take away the token
@@ -247,7 +254,7 @@ def _into_queries(subject: Subject, movers: Sequence[str], told: Progress) -> di
             "S-inhibition", senders, values, chance,
             measure=f"logit difference that is lost through the queries of {', '.join(movers)}", unit="logits",
             chance_is=f"the same through the queries of {', '.join(others)}", clusters=test.clusters,
-            n_tests=len(names), seed=subject.options.seed,
+            n_tests=len(names), least=least, seed=subject.options.seed,
         )  # fmt: skip
     return made
 

@@ -57,6 +57,7 @@ class Sizes:
         refined: edges of the circuit that is refined by exact patching.
         random: random circuits, heads and directions.
         curves: random rankings.
+        kept: random sets of heads that are kept while all others carry the counterpart.
         minimal: edges of the circuit that are taken out one at a time.
         texts: random repeated texts.
         layers: how many layers in front of the movers are looked at for what moves their queries; all if None.
@@ -70,6 +71,7 @@ class Sizes:
     refined: int = 60
     random: int = 49
     curves: int = 2
+    kept: int = 19
     minimal: int = 60
     texts: int = 64
     layers: int | None = None
@@ -79,7 +81,7 @@ class Sizes:
         """Those of a run."""
         if not options.fast:
             return cls()
-        return cls(16, 16, 40, 2, 100, 8, 3, 0, 2, 18, 4)
+        return cls(16, 16, 40, 2, 100, 8, 3, 0, 2, 2, 18, 4)
 
 
 @dataclass(frozen=True, eq=False)

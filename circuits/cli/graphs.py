@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from typer import Typer
 
 from circuits.cli import options
 from circuits.cli.output import warn
 from circuits.cli.signatures import Within, argument, circuit_name, command, option
+from circuits.faces import faces_of
 from circuits.graph import CircuitGraph, GraphStore, add_edges, circuit_diff
 from circuits.graph.blocks import BlockInfo
 from circuits.graph.circuit import KINDS
@@ -215,13 +216,10 @@ def show(
     if save:
         save_circuit(place.database, save, found, note)
     if output.figure is not None:
-        pictures: dict[Any, Path] = {
-            node: paths[0]
-            for node in found
-            if isinstance(node, Unit) and (paths := place.pictures(loaded.hash, node))
-        }
+        known = faces_of(place, loaded.hash)
+        faces = {node: known[node] for node in found if isinstance(node, Unit) and node in known}
         title = save or circuit.circuit
-        output.draw(lambda figures: figures.circuit_figure(found, pictures, title))
+        output.draw(lambda figures: figures.circuit_figure(found, faces, title))
     output.show(to_node_link(found), found.tables())
 
 

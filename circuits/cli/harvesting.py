@@ -11,13 +11,16 @@ from circuits.cli import options
 from circuits.cli.output import leads, note, warn
 from circuits.cli.signatures import Within, command, option
 from circuits.cli.stores import show_store
+from circuits.errors import line
+from circuits.examples import Examples
+from circuits.faces import make_faces
 from circuits.harvesting import harvest as run
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.paths.selecting import select_sites
 from circuits.stimuli.accounts import account
 from circuits.stimuli.images import ImageSource
 from circuits.stimuli.sources import Source, open_source
-from circuits.store import Provenance
+from circuits.store import ActivationStore, Provenance
 from circuits.store.provenance import Layout, Precision
 from circuits.workspace import ModelRecord, Workspace
 
@@ -86,6 +89,10 @@ def harvest(
     resume: Annotated[bool, option(
         "Continue where an earlier run stopped, or start over and overwrite it.", "--resume/--overwrite"
     )] = True,
+    faces: Annotated[bool, option(
+        "Keep a small picture of what excites each unit most, by which the app shows it, or leave that out.",
+        "--faces/--no-faces",
+    )] = True,
 ) -> None:  # fmt: skip
     """Record unit activations on every example of a dataset. Run it again to resume.
 
@@ -111,11 +118,29 @@ def harvest(
             overwrite=not resume, **settings,
         )  # fmt: skip
     if leads():
+        if faces:
+            _keep_faces(place, loaded, store, source, output)
         n = len(source) - len(store.skipped)
         # What was skipped is said with what else is wrong with the store, or in its JSON.
         if told := account(source, n, "all that can be read", {}):
             note(told)
         show_store(store, output)
+
+
+def _keep_faces(
+    place: Workspace,
+    model: HookedModel,
+    store: ActivationStore,
+    source: Source,
+    output: options.Output,
+) -> None:
+    """Keep what excites each unit most; a dataset that can no longer be read has no faces, which is said."""
+    examples = Examples(model, source, None, skip_bad=True)
+    try:
+        with output.progress("faces") as progress:
+            make_faces(place, model, store, examples, progress=progress)
+    except (OSError, ValueError) as error:
+        warn(f"no faces: {line(error)}")
 
 
 def _names(model: HookedModel, sites: str) -> list[str]:

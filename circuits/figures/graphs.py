@@ -6,13 +6,13 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import altair as alt
 import numpy as np
 from jaxtyping import Bool, Float
 
+from circuits.faces import Face
 from circuits.figures.charts import (
     BLUE,
     GREY,
@@ -34,7 +34,6 @@ from circuits.graph.circuit import (
     site_of,
 )
 from circuits.graph.layout import layered
-from circuits.stimuli.images import open_picture
 
 Point = tuple[float, float]
 Places = Mapping[Node, Point]
@@ -66,18 +65,18 @@ _UNSIGNED = "is read by (composition)"
 
 def circuit_figure(
     graph: CircuitGraph,
-    pictures: Mapping[Any, str | Path] | None = None,
+    faces: Mapping[Any, Face] | None = None,
     title: str = "",
 ) -> Figure:
     """A circuit layer by layer, what comes first at the bottom.
 
-    Nodes carry their pictures, or their names alone. Edges are orange where they excite and blue where they inhibit on
+    Nodes carry their faces, or their names alone. Edges are orange where they excite and blue where they inhibit on
     the whole (of attributions and effects the legend says what their sign means), as wide as they are strong compared
     with the strongest of their kind and layer, with their kernels on them; they go around nodes that are in their way.
 
     Args:
         graph: the circuit.
-        pictures: of nodes that have one, an image file each.
+        faces: of nodes that have one (`circuits.faces`).
         title: of the figure.
 
     Raises:
@@ -93,7 +92,7 @@ def circuit_figure(
     layers = [
         *_edge_layers(edges, ways, frame),
         *_image_layers(images, frame),
-        *_node_layers(places, pictures or {}, frame),
+        *_node_layers(places, faces or {}, frame),
         _site_layer(places, frame),
     ]
     width, height = frame.size
@@ -227,19 +226,17 @@ def _image_layers(rows: Sequence[Row], frame: _Frame) -> list[alt.Chart]:
     ]
 
 
-def _node_layers(
-    places: Places, pictures: Mapping[Any, str | Path], frame: _Frame
-) -> list[alt.Chart]:
+def _node_layers(places: Places, faces: Mapping[Any, Face], frame: _Frame) -> list[alt.Chart]:
     shown: list[Row] = []
     plain: list[Row] = []
     for node, (x, y) in places.items():
         row = {"x": x, "y": y, "name": str(node), "side": _NODE, "label": _label(node)}
-        path = pictures.get(node)
-        if path is None:
-            plain.append(row)
+        face = faces.get(node)
+        if face is None or face.kind == "token":
+            word = f"\n“{face.text}”" if face is not None and face.text else ""
+            plain.append(row | {"label": row["label"] + word})
             continue
-        with open_picture(path) as image:
-            small = image.convert("RGB").resize((_PICTURE, _PICTURE))
+        small = face.picture().resize((_PICTURE, _PICTURE))
         shown.append(row | {"url": encoded(small)})
     layers = _image_layers(shown, frame)
     text = {"fontSize": 9, "limit": frame.pixels, "lineBreak": "\n"}

@@ -82,7 +82,9 @@ class Copying:
         said = "the same outputs given to other tokens of the list, at random"
         how = f"permutation test over {len(self.tokens)} tokens"
         return tuple(
-            RoleTests(role, measure, "share", said, how, correction, len(self.heads), tests(above))
+            RoleTests(
+                role, measure, "share", said, how, correction, len(self.heads), None, tests(above)
+            )
             for role, above in (("copies", True), ("lowers what it reads", False))
         )  # type: ignore[return-value]
 

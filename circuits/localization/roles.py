@@ -38,7 +38,7 @@ class HeadTest:
         value: the measure with its 95 % interval.
         chance: what the measure is by chance.
         p_value: of whether the measure differs from chance, corrected for all heads.
-        holds: whether it lies on the role's side of chance, with a corrected p-value below 0.05.
+        holds: whether it lies on the role's side of chance, with a corrected p-value below 0.05, and is large enough.
     """
 
     head: str
@@ -60,6 +60,7 @@ class RoleTests:
         test: the test of each head, in words.
         correction: how p-values were corrected.
         n_tests: for how many tests they were corrected.
+        least: how far from 0, on the role's side, the whole interval has to lie; None if the test alone decides.
         tests: one for each head, in the order in which the heads were given.
     """
 
@@ -70,6 +71,7 @@ class RoleTests:
     test: str
     correction: Correction
     n_tests: int
+    least: float | None
     tests: tuple[HeadTest, ...]
 
     @property
@@ -115,6 +117,7 @@ def judge_heads(
     unit: str = "",
     chance_is: str = "no effect",
     side: Side = "above",
+    least: float | None = None,
     clusters: Sequence[int] | None = None,
     correction: Correction = "holm",
     n_tests: int | None = None,
@@ -134,6 +137,9 @@ def judge_heads(
         unit: its unit.
         chance_is: what chance is, in words.
         side: on which side of chance a head of the role lies.
+        least: how far from 0, on that side, the whole interval has to lie: with many examples an effect of no
+            consequence differs from chance too, and so does no effect where chance is on the other side of 0. None
+            leaves it to the test alone.
         clusters: a number for each example, shared by those that are not independent; all are independent if None.
         correction: how p-values are corrected: `holm` or `benjamini-hochberg`.
         n_tests: the number of tests to correct for, if heads were left out that were looked at; that of the heads if
@@ -142,9 +148,11 @@ def judge_heads(
 
     Raises:
         ValueError: if there are fewer than two clusters of examples, shapes do not fit, `side` or `correction` is
-            unknown, or `n_tests` is below the number of heads.
+            unknown, `least` is negative, or `n_tests` is below the number of heads.
     """
     _check(heads, values, chance, side, correction, n_tests)
+    if least is not None and not least >= 0:
+        raise ValueError(f"least {least}: expected a number of at least 0")
     groups = range(values.shape[1]) if clusters is None else clusters
     if len(set(groups)) < 2:
         raise ValueError(f"values of {role}: expected examples of at least two clusters")
@@ -156,10 +164,14 @@ def judge_heads(
     made = []
     for row, interval in enumerate(mean_intervals(values, tuple(groups), seed)):
         usual = float(other[row].mean())
-        apart = interval.value > usual if side == "above" else interval.value < usual
-        made.append(HeadTest(heads[row], interval, usual, p[row], apart and p[row] < ALPHA))
+        above = side == "above"
+        apart = interval.value > usual if above else interval.value < usual
+        enough = least is None or (interval.low > least if above else interval.high < -least)
+        made.append(
+            HeadTest(heads[row], interval, usual, p[row], apart and enough and p[row] < ALPHA)
+        )
     said = f"paired t-test over {len(set(groups))} independent groups of examples"
-    return RoleTests(role, measure, unit, chance_is, said, correction, n, tuple(made))
+    return RoleTests(role, measure, unit, chance_is, said, correction, n, least, tuple(made))
 
 
 def _check(

@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from circuits.json_files import read_json
-from circuits.memory import free_memory, in_bytes
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.adapter.tokenizing import by_tokenizer
@@ -166,6 +165,8 @@ def converted(folder: Path, spec: str, weights: Weights, begins_texts: bool) -> 
 
 def _check_memory(spec: str, folder: Path) -> None:
     """Raise OSError if a folder's weights take more memory than is free."""
+    from circuits.memory import free_memory, in_bytes  # here, since few models need it
+
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     free = free_memory()
     if free is not None and needed > free:

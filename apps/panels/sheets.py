@@ -1,0 +1,55 @@
+"""Units as tiles, each by its face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from shlex import quote
+
+import pandas as pd
+import streamlit as st
+
+from apps import cached
+from apps.address import code, link
+from apps.canvas import Tile, sheet
+from circuits.faces import Face
+from circuits.models.adapter.hooked_model import HookedModel
+from circuits.models.adapter.inputs import TokenInput
+from circuits.units import Site, Unit
+from circuits.workspace import ModelRecord
+
+
+def tile_of(unit: Unit, faces: Mapping[Unit, Face], title: str = "") -> Tile:
+    """A unit by its face, with all that is said of it."""
+    face = faces.get(unit)
+    if face is None:
+        return Tile(str(unit), str(unit.index), title or str(unit), "")
+    said = f"{title or unit}: {face.about}"
+    return Tile(str(unit), str(unit.index), said, cached.thumbnail(face, 56), face.text)
+
+
+def sheet_panel(
+    record: ModelRecord, model: HookedModel, site: Site, table: pd.DataFrame
+) -> Unit | None:
+    """The units of a table as a sheet; the one that was clicked, if one was."""
+    faces = cached.faces(record)
+    tiles, made = [], 0
+    for row in table.to_dict("records"):
+        unit = site.unit(int(row["unit"]))
+        title = ", ".join(filter(None, (str(unit), str(row["name"]), str(row["family"]))))
+        tiles.append(tile_of(unit, faces, title))
+        made += unit in faces and faces[unit].kind == "visualization"
+    picked = sheet(tiles)
+    missing = len(tiles) - made
+    if missing and isinstance(model.input, TokenInput):
+        st.caption(
+            "A unit’s token is the one at which it is most active, in all texts that were harvested."
+        )
+    elif missing:
+        visualize = code(f"circuits visualize {record.arguments} {quote(site.name)} --sheet")
+        st.caption(
+            f"{missing:d} have no feature visualization, and show what excites them most in all that was harvested, "
+            f"if anything does: {visualize} makes all of them."
+        )
+        label = cached.label_of(record)
+        link("jobs", "Make the sheet in the background", do="sheet", model=label, site=site.name)
+    return None if picked is None else Unit.parse(picked)
