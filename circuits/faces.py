@@ -216,7 +216,6 @@ def _crops(
     progress: Progress | None,
 ) -> dict[tuple[str, int], bytes]:
     """What each unit sees of its best example, as JPEG."""
-    fields = {name: receptive_field(model, model.site(name)) for name in best}
     by_example: dict[int, list[tuple[str, int]]] = {}
     for name, found in best.items():
         for index, example in found.items():
@@ -226,13 +225,25 @@ def _crops(
         image = spec.fit(examples.picture(number)).convert("RGB")
         boxes: dict[Box, bytes] = {}  # units of one site that peak at one place share a picture
         for name, index in units:
-            box = _widened(fields[name].at(best[name][index].position), image.size)
+            box = box_of(model, name, best[name][index], image.size)
             if box not in boxes:
                 boxes[box] = _jpeg(image, box)
             made[name, index] = boxes[box]
         if progress is not None:
             progress(done + 1, len(by_example))
     return made
+
+
+def box_of(model: HookedModel, site: str, example: Example, size: tuple[int, int]) -> Box:
+    """The part of an image that is shown of an example of a unit: what the unit sees there, with a little around it.
+
+    Args:
+        model: a model of images.
+        site: of the unit.
+        example: where the unit is most active.
+        size: width and height of the image.
+    """
+    return _widened(receptive_field(model, model.site(site)).at(example.position), size)
 
 
 def _widened(box: Box, size: tuple[int, int]) -> Box:

@@ -24,7 +24,7 @@ PLACE = (28, 8)
 """Top and left of the square in the second image."""
 
 
-class _Bright(nn.Module):
+class Bright(nn.Module):
     """Unit 0 is the mean of red over 4 x 4 pixels, unit 1 of blue; unit 2 is never active."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class _Bright(nn.Module):
 
 @pytest.fixture
 def eyes() -> HookedModel:
-    return HookedModel(_Bright(), ImageInput(3, 48, 48), "bright")
+    return HookedModel(Bright(), ImageInput(3, 48, 48), "bright")
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ _TABLE = {
     "Manage the workspace": (
         ("store", "stores", "List, inspect, verify, export and delete activation stores."),
         ("graph", "graphs", "Store all weights of a model as a graph, and look for circuits in it."),
+        ("publish", "publishing", "Write a static site of units, circuits and cases, which opens from a disk and from any web server."),
         ("jobs", "jobs", "Start, list and cancel work that runs in the background."),
     ),
 }  # fmt: skip
