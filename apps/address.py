@@ -114,12 +114,16 @@ def choose(
     """A select box whose choice is the URL's `parameter`; `show` says how options look, `help` what they are."""
     key = f"choose-{parameter}"
     wanted = st.query_params.get(parameter)
+    if wanted is None and (before := st.session_state.get(_last(parameter))) in options:
+        wanted = before
     known = wanted is None or wanted in options
     _say_if_odd(label, parameter, known, options[0])
     wanted = wanted if known else None
     value = wanted or options[0]
     st.session_state[key] = value
     st.query_params[parameter] = value
+    if parameter in _REMEMBERED:
+        st.session_state[_last(parameter)] = value
 
     def changed() -> None:
         st.query_params[parameter] = st.session_state[key]
@@ -133,6 +137,16 @@ def choose(
             format_func=show,
             help=plain(help) if help else None,
         )
+
+
+_REMEMBERED = {"model": (), "site": ("model",), "unit": ("model", "site")}
+"""What goes along from page to page where the URL says nothing, and of what else each is remembered apart."""
+
+
+def _last(parameter: str) -> str:
+    """Where the session keeps the last choice, of the same model and site."""
+    within = [st.query_params.get(other, "") for other in _REMEMBERED.get(parameter, ())]
+    return f"last {parameter} {within}"
 
 
 N = TypeVar("N", int, float)
@@ -210,7 +224,7 @@ def choose_site(record: ModelRecord, model: HookedModel) -> str:
     if len(names) <= FEW:
         return choose("Site", names, "site")
     layers = by_layer(names, [s.name for s in model.sites])
-    wanted = st.query_params.get("site", "")
+    wanted = st.query_params.get("site", "") or str(st.session_state.get(_last("site"), ""))
     now = _layer_of(wanted if wanted in names else names[0])[0]
     st.session_state["choose-layer"] = now
 

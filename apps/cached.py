@@ -564,14 +564,19 @@ def thumbnail(face: Face, size: int = 64) -> str:
 
 def faces(record: ModelRecord) -> Mapping[Unit, Face]:
     """The face of every unit of a model that has one."""
-    folder = workspace().model_folder(record.hash)
+    return faces_by_hash(record.hash)
+
+
+def faces_by_hash(model_hash: str) -> Mapping[Unit, Face]:
+    """The same of the model with some weights."""
+    folder = workspace().model_folder(model_hash)
     places = [
         folder / "pictures",
         folder / "faces",
         *sorted((folder / "sheets").glob("*/sheet.json")),
     ]
     stamp = [p.stat().st_mtime_ns for p in places if p.exists()]
-    return _faces(record.hash, tuple(stamp))
+    return _faces(model_hash, tuple(stamp))
 
 
 @st.cache_resource(show_spinner=False, max_entries=16)

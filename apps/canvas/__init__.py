@@ -161,6 +161,10 @@ def _label(node: Node) -> str:
 _SHEET_CSS = """
 .unit-sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(var(--tile), 1fr)); gap: 4px;
   max-height: 640px; overflow-y: auto; }
+.unit-strip { display: flex; gap: 14px; overflow-x: auto; max-height: none; padding-bottom: 8px; }
+.unit-strip h4 { font-size: 12px; font-weight: 600; margin: 0 0 4px; max-width: calc(2 * var(--tile) + 16px);
+  overflow-wrap: anywhere; }
+.unit-column { display: grid; grid-template-columns: repeat(2, calc(var(--tile) + 6px)); gap: 4px; }
 .unit-tile { border: 1px solid var(--st-border-color, #ccc); border-radius: 4px; padding: 1px; cursor: pointer;
   min-height: calc(var(--tile) + 16px);
   background: var(--st-secondary-background-color); color: var(--st-text-color); font-size: 10px; line-height: 1.2; }
@@ -199,6 +203,7 @@ class Tile:
         title: all that is said of it.
         picture: a data URI; empty for none.
         text: what stands in its place where there is none, such as a token.
+        group: above which heading; tiles of one group follow each other.
     """
 
     id: str
@@ -206,3 +211,4 @@ class Tile:
     title: str
     picture: str
     text: str = ""
+    group: str = ""

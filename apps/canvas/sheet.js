@@ -4,7 +4,21 @@ export default function (component) {
   const grid = parentElement.querySelector(".unit-sheet");
   grid.replaceChildren();
   grid.style.setProperty("--tile", data.size + "px");
+  const grouped = data.tiles.some((tile) => tile.group);
+  grid.classList.toggle("unit-strip", grouped);
+  let place = grid;
+  let group = "";
   for (const tile of data.tiles) {
+    if (grouped && tile.group !== group) {
+      group = tile.group;
+      const column = document.createElement("section");
+      const heading = document.createElement("h4");
+      heading.textContent = group;
+      place = document.createElement("div");
+      place.className = "unit-column";
+      column.append(heading, place);
+      grid.append(column);
+    }
     const button = document.createElement("button");
     button.className = "unit-tile";
     button.title = tile.title; // as text: nothing of it becomes markup
@@ -25,6 +39,6 @@ export default function (component) {
     label.textContent = tile.label;
     button.append(label);
     button.onclick = () => setTriggerValue("picked", tile.id);
-    grid.append(button);
+    place.append(button);
   }
 }

@@ -61,10 +61,15 @@ def picture_panel(
     made = pictures_of(unit, model_hash)
     missing = not made["positive"]
     if missing:
-        st.caption("No picture yet.")
-        if st.button("Make the picture", key="make-picture"):
+        place = st.empty()
+        with place.container():
+            _stand_in(model_hash, unit)
+            wanted = st.button("Make the picture", key="make-picture")
+        if wanted:
             _make(model, unit, model_hash)
             made = pictures_of(unit, model_hash)
+            if made["positive"]:
+                place.empty()
     if made["positive"]:
         _show(made["positive"][0])
         _badge(model, unit, model_hash, made["positive"][0], examples)
@@ -77,6 +82,16 @@ def picture_panel(
             for column, picture in zip(st.columns(DIVERSE), made[kind][:DIVERSE], strict=False):
                 column.image(str(picture.path), width="stretch")
                 column.caption(f"{picture.facts.get('activation', float('nan')):.3g}")
+
+
+def _stand_in(model_hash: str, unit: Unit) -> None:
+    """What excites the unit most, as long as there is no picture of it."""
+    face = cached.faces_by_hash(model_hash).get(unit)
+    if face is not None and (small := cached.thumbnail(face, WIDTH)):
+        st.image(small, width=WIDTH)
+        st.caption(f"No feature visualization yet: {plain(face.about)}.")
+    else:
+        st.caption("No picture yet.")
 
 
 def _make(model: HookedModel, unit: Unit, model_hash: str, kind: str = "positive") -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from shlex import quote
 
 import pandas as pd
 import streamlit as st
 
 from apps import cached
-from apps.address import code, link
+from apps.address import code, link, open_page
 from apps.canvas import Tile, sheet
 from circuits.faces import Face
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import TokenInput
 from circuits.units import Site, Unit
 from circuits.workspace import ModelRecord
+
+SITES, FACES = 12, 6
+"""How many sites are shown of each model at most, and how many units of each."""
 
 
 def tile_of(unit: Unit, faces: Mapping[Unit, Face], title: str = "") -> Tile:
@@ -53,3 +57,30 @@ def sheet_panel(
         label = cached.label_of(record)
         link("jobs", "Make the sheet in the background", do="sheet", model=label, site=site.name)
     return None if picked is None else Unit.parse(picked)
+
+
+def strip_panel(record: ModelRecord, order: Sequence[str]) -> None:
+    """A network as a strip of its sites, with the faces of some units of each; a click opens the unit."""
+    label = cached.label_of(record)
+    faces, sites = cached.faces(record), dict[str, list[Unit]]()
+    for unit in faces:
+        sites.setdefault(unit.site, []).append(unit)
+    names = sorted(sites, key=lambda name: order.index(name) if name in order else len(order))
+    shown = [names[i] for i in _spread(len(names), SITES)]
+    tiles = [
+        replace(tile_of(units[i], faces), group=name)
+        for name in shown
+        for units in [sorted(sites[name], key=lambda u: u.index)]
+        for i in _spread(len(units), FACES)
+    ]
+    if tiles and (picked := sheet(tiles, key=f"faces-{label}")) is not None:
+        unit = Unit.parse(picked)
+        open_page("unit", model=label, site=unit.site, unit=unit.index)
+    if len(shown) < len(names):
+        st.caption(f"{len(shown):d} of {len(names):d} sites, {FACES:d} units of each.")
+
+
+def _spread(n: int, most: int) -> list[int]:
+    """Some of n places, evenly spread over them."""
+    most = min(n, most)
+    return [i * n // most for i in range(most)]

@@ -72,10 +72,15 @@ def _chosen(name: str, model_name: str, labels: list[str]) -> Side | None:
         st.query_params[model_name] = st.query_params.get("model", labels[0])
     label = choose("Model", labels, model_name, sidebar=False)
     record = next(r for r in cached.workspace().models() if cached.label_of(r) == label)
+    if name not in st.query_params:
+        st.query_params[name] = _usual(record, 0 if name == "unit" else 1)
     address = st.text_input(
         "Unit, SITE:INDEX", st.query_params.get(name, ""), key=f"compare-{name}", max_chars=200
     )
     st.query_params[name] = address
+    if not address.strip():
+        st.caption("Type a unit, such as `SITE:0`.")
+        return None
     try:
         model = cached.model_of(record)
         unit = model.unit(address)
@@ -89,6 +94,13 @@ def _chosen(name: str, model_name: str, labels: list[str]) -> Side | None:
     if face is not None and (small := cached.thumbnail(face, 224)):
         st.image(small, width=224)
     return Side(name, record, model, unit)
+
+
+def _usual(record: ModelRecord, index: int) -> str:
+    """A unit to begin with: of the last site that was harvested; empty if none was."""
+    sites = [site for store in cached.stores_of(record) for site in store.provenance.sites]
+    wide = [site for site in sites if site.n_units > index]
+    return str(wide[-1].unit(index)) if wide else ""
 
 
 def _harvested(side: Side, statistics: Mapping[str, UnitStatistics]) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import streamlit as st
 
 from apps import cached
-from apps.address import TROUBLE, code, line, link, open_page, plain
-from apps.canvas import sheet
-from apps.panels.sheets import tile_of
+from apps.address import TROUBLE, code, line, link, plain
+from apps.panels.sheets import strip_panel
 from circuits.concepts import names_of
 from circuits.database import Database
 from circuits.families import saved_families
 from circuits.graph.saved import saved_circuits
 from circuits.harvesting import unusable_stores
 from circuits.models.zoo.loading import MODELS
-from circuits.units import Unit
 from circuits.workspace import ModelRecord
 
 CURVE = ("curve", 30)
@@ -22,9 +20,6 @@ CURVE = ("curve", 30)
 
 FIRST = ("efficientnet-lite0", "cleanroom")
 """The models that are listed before all others: a real network, and the one that the tour is about."""
-
-FACES = 32
-"""Units that are shown of each model, at most."""
 
 
 def page() -> None:
@@ -85,8 +80,9 @@ def _model(record: ModelRecord, database: Database) -> None:
     label = cached.label_of(record)
     with st.container(border=True):
         st.markdown(f"**{plain(label)}** · weights {code(record.hash[:16])}")
-        _faces(record, label)
         stores = cached.stores_of(record)
+        order = dict.fromkeys(site.name for s in stores for site in s.provenance.sites)
+        strip_panel(record, list(order))
         rows = [
             {
                 "data": s.provenance.data, "examples": len(s.provenance.examples), "sites": len(s.provenance.sites),
@@ -108,26 +104,6 @@ def _model(record: ModelRecord, database: Database) -> None:
         }  # fmt: skip
         st.caption(", ".join(f"{plain(what)}: {n:d}" for what, n in kept.items()))
         _links(record, label, [site.name for s in stores for site in s.provenance.sites])
-
-
-def _faces(record: ModelRecord, label: str) -> None:
-    """The faces of some units of each site that has any; a click opens the unit."""
-    faces = cached.faces(record)
-    sites: dict[str, list[Unit]] = {}
-    for unit in faces:
-        sites.setdefault(unit.site, []).append(unit)
-    each = FACES // max(1, len(sites)) or 1
-    chosen = [unit for units in sites.values() for unit in _spread(units, each)][:FACES]
-    tiles = [tile_of(unit, faces) for unit in chosen]
-    if tiles and (picked := sheet(tiles, key=f"faces-{label}")) is not None:
-        unit = Unit.parse(picked)
-        open_page("unit", model=label, site=unit.site, unit=unit.index)
-
-
-def _spread(units: list[Unit], n: int) -> list[Unit]:
-    """Some of a site's units, evenly spread over them."""
-    n = min(n, len(units))
-    return [units[i * len(units) // n] for i in range(n)]
 
 
 def _links(record: ModelRecord, label: str, sites: list[str]) -> None:
