@@ -10,6 +10,7 @@ from PIL import Image
 
 from apps import cached
 from apps.address import choose, line, plain
+from apps.showing import show_picture
 from circuits.examples import Examples
 from circuits.models.adapter.hooked_model import HookedModel
 from circuits.models.adapter.inputs import ImageInput, TokenInput
@@ -98,7 +99,8 @@ def show_input(one: Examples, width: int = 224) -> None:
     """An example as people see it."""
     spec, picture = one.model.input, picture_of(one)
     if picture is not None:
-        st.image(picture, width=width, caption=plain(one.names[0]))
+        show_picture(picture, one.names[0], width)
+        st.caption(plain(one.names[0]))
     elif isinstance(spec, TokenInput):
         st.caption(plain(one.names[0]))
         gap = "" if spec.vocabulary else " "

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import streamlit as st
+from PIL import Image
 
 from circuits.figures import Figure
+
+_SMALL = 128 * 128
+"""Pictures of fewer pixels are kept to the bit."""
 
 _STYLE = "<style>.stVegaLiteChart {max-width: 100%; overflow-x: auto}</style>"
 """A figure that is wider than the page can be scrolled, and the page stays as wide as it is."""
@@ -49,6 +58,46 @@ def picked_cell(figure: Figure, key: str) -> tuple[int, int] | None:
         )
     found = event["selection"].get("cell") or []
     return (int(found[0]["i"]), int(found[0]["j"])) if found else None
+
+
+def show_picture(
+    image: Image.Image | np.ndarray | Path | str,
+    about: str,
+    width: int | None = None,
+    place: Any = st,
+) -> None:
+    """Show a picture, with what it is for those who do not see it (Streamlit's own has no alternative text).
+
+    Args:
+        image: a picture; bytes or numbers in 0..1, y x x x channel; a file; or a data URI.
+        about: what it shows, in words.
+        width: in pixels; as wide as there is room if None.
+        place: the container.
+    """
+    wide = "100%" if width is None else f"{width:d}px"
+    alt = html.escape(" ".join(about.split()), quote=True)
+    place.html(
+        f"<img src='{_source(image)}' alt='{alt}' style='width: {wide}; max-width: 100%; display: block'>"
+    )
+
+
+def _source(image: Image.Image | np.ndarray | Path | str) -> str:
+    """A picture as a data URI."""
+    if isinstance(image, str):
+        return image
+    if isinstance(image, Path):
+        kind = {".jpg": "jpeg"}.get(image.suffix.lower(), image.suffix.lower().removeprefix("."))
+        return f"data:image/{kind};base64,{base64.b64encode(image.read_bytes()).decode()}"
+    if isinstance(image, np.ndarray):
+        numbers = (
+            image if image.dtype == np.uint8 else (255 * image.clip(0, 1)).round().astype(np.uint8)
+        )
+        image = Image.fromarray(numbers)
+    held = io.BytesIO()
+    image.convert("RGB").save(
+        held, "WEBP", lossless=image.width * image.height < _SMALL, quality=90
+    )
+    return f"data:image/webp;base64,{base64.b64encode(held.getvalue()).decode()}"
 
 
 def _themed(figure: Figure | Mapping[str, Any]) -> dict[str, Any]:

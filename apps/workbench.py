@@ -17,7 +17,10 @@ with ALONE:
 
 _STYLE = """<style>
 [data-testid="stMainBlockContainer"] { padding: 3.2rem 2.2rem 4rem; }
-[data-testid="stCaptionContainer"] { color: inherit; } [data-testid="stCaptionContainer"] > * { opacity: .82; }
+[data-testid="stCaptionContainer"] { color: inherit; opacity: .8; }
+[data-testid$="Active"] p, [kind$="Active"] p { color: light-dark(#8f1420, #ffb0b7) !important; }
+[data-testid="stSliderThumbValue"] { color: inherit; }
+[data-testid="stCaptionContainer"] * { color: inherit; opacity: 1; }
 </style>"""
 """Less margin than Streamlit leaves, and captions with the contrast that small text needs (WCAG 2, 4.5 to 1)."""
 

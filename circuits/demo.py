@@ -236,7 +236,8 @@ def build_first(
     if folder:
         # First, so that a folder without a readable image is refused at once.
         plan = replace(plan, data=(open_source(f"folder:{folder}").spec, *plan.data))
-    return _build((plan,), workspace, progress)
+    # Its shipped pictures are faces enough to begin with; `build` makes the others.
+    return _build((plan,), workspace, progress, faces=bool(folder))
 
 
 def build_language(
@@ -360,7 +361,9 @@ def _noted(note: Path, made_from: str) -> list[Row] | None:
     return rows if same and all(Path(row.where).exists() for row in rows) else None
 
 
-def _build(plans: Sequence[Plan], workspace: Workspace, progress: Progress | None) -> list[Row]:
+def _build(
+    plans: Sequence[Plan], workspace: Workspace, progress: Progress | None, faces: bool = True
+) -> list[Row]:
     total = sum(
         p.shipped + len(p.data) + len(p.pictured) + len(p.families) + len(p.concepts) for p in plans
     )
@@ -376,7 +379,12 @@ def _build(plans: Sequence[Plan], workspace: Workspace, progress: Progress | Non
         for data in plan.data:
             built(
                 _activations(
-                    record_of(plan.model, None, model.identity), model, data, plan.sites, workspace
+                    record_of(plan.model, None, model.identity),
+                    model,
+                    data,
+                    plan.sites,
+                    workspace,
+                    faces=faces,
                 )
             )
         # After the harvest, which only one process at a time can do.
@@ -409,12 +417,14 @@ def _activations(
     sites: Sequence[str],
     workspace: Workspace,
     progress: Progress | None = None,
+    faces: bool = True,
 ) -> Row:
-    """Harvest a model on a dataset; what is there already is kept."""
+    """Harvest a model on a dataset, and keep its units' faces; what is there already is kept."""
     store = harvest(
         model, open_source(data), sites, workspace, record, skip_bad=True, progress=progress
     )
-    make_faces(workspace, model, store, Examples(model, open_source(data), None, skip_bad=True))
+    if faces:
+        make_faces(workspace, model, store, Examples(model, open_source(data), None, skip_bad=True))
     units = sum(s.n_units for s in store.provenance.sites)
     result = f"{len(store.provenance.examples) - len(store.skipped)} examples, {units} units"
     if store.skipped:

@@ -872,8 +872,12 @@ AS_TEXT = {
 
 
 def tags(test: AppTest) -> set[str]:
-    """The tags in the HTML of a page."""
+    """The tags in the HTML of a page, whose pictures hold what they show: nothing is fetched."""
     bodies = [e.proto.body for part in (test.main, test.sidebar) for e in part if e.type == "html"]
+    for body in bodies:
+        sources = re.findall(r"<\s*img[^>]*\ssrc='([^']*)'", body)
+        assert len(sources) == body.count("<img")
+        assert all(re.fullmatch(r"data:image/\w+;base64,[\w+/=]*", source) for source in sources)
     return {tag for body in bodies for tag in re.findall(r"<\s*/?\s*([^\s>/]*)", body)}
 
 
@@ -915,7 +919,7 @@ def test_nothing_that_others_write_becomes_markdown(tmp_path: Path, monkeypatch)
             assert not live(written.replace("**", "")), (view, written)
             assert "\u202e" not in written, (view, written)
             seen.add(read(written))
-        assert tags(test) <= {"style", "div", "span"}, (view, query)
+        assert tags(test) <= {"style", "div", "span", "img"}, (view, query)
         assert not [c.value for c in test.code if runs(c.value)], (view, query)
     for name in hostile.NAMES:
         assert re.search("[\u202e`\n]", name) or any(name in text for text in seen), name

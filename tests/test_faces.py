@@ -98,6 +98,21 @@ def test_a_face_is_cut_where_the_unit_peaks(
     assert rows.mean() < across * 4, "at the corner the widened box stays inside the image"
 
 
+def test_the_best_examples_of_all_units_are_the_top_ones(
+    eyes: HookedModel, images: Path, place: Workspace
+) -> None:
+    lite = load_model("efficientnet-lite0")  # its sites have ceilings
+    source = open_source(f"folder:{images}")
+    stores = [_harvested(eyes, images, place)]
+    stores.append(
+        harvest(lite, source, ["stem"], place, ModelRecord("efficientnet-lite0", lite.hash))
+    )
+    for store in stores:
+        for name, site in store.sites.items():
+            tops = [store.top_examples(Unit(name, i), 1) for i in range(site.n_units)]
+            assert store.best_examples(name) == [top[0] if top else None for top in tops]
+
+
 def test_faces_are_made_once_and_again_where_they_are_damaged(
     eyes: HookedModel, images: Path, place: Workspace
 ) -> None:

@@ -80,6 +80,7 @@ TAKEN = {
     "address.py action help": "is checked at its calls",
     "address.py action what": "what a click returns, which is checked where it is made",
     "panels/tokens.py texts_panel": "every word of it goes through html.escape in _row and _token",
+    "showing.py show_picture f": "the alternative text goes through html.escape",
     "panels/prompting.py said_panel _CSS": "every word of it goes through html.escape in _marked",
     "panels/prompting.py continuation_panel _CSS": "every word of it goes through html.escape in _marked",
     "panels/tokens.py own_text_panel f": "every word of it goes through html.escape in _row and _token",

@@ -11,6 +11,7 @@ import streamlit as st
 from apps import cached
 from apps.address import TROUBLE, code, line, link, named, part, plain
 from apps.inputs import picture_of
+from apps.showing import show_picture
 from circuits.attribution.channels import ChannelMethod
 from circuits.examples import Examples
 from circuits.figures.tunings import overlaid
@@ -80,7 +81,7 @@ def _pixels(model: HookedModel, one: Examples, target: str) -> None:
     picture = picture_of(one)
     assert picture is not None, "an image"
     heat = found.heat()[0].numpy()
-    st.image(overlaid(np.asarray(picture) / 255, heat), width=320)
+    show_picture(overlaid(np.asarray(picture) / 255, heat), "what pixels are responsible", 320)
     which = code(f"circuits sanity {quote(model.name)}")
     st.caption(
         f"{plain(method)}: red for, blue against {code(found.aims[0])}. {which} says which to believe."

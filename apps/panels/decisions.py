@@ -10,6 +10,7 @@ import streamlit as st
 from apps import cached, editing, tab_storage
 from apps.address import TROUBLE, action, line, link, part, plain, python
 from apps.cached import Decisions
+from apps.showing import show_picture
 from circuits.concepts import Intervention, as_recipe
 from circuits.concepts.bottleneck import Explanation
 from circuits.database import Record
@@ -49,7 +50,7 @@ def decisions_panel(record: ModelRecord, site: str, names: Mapping[str, Record])
     explained = made.bottleneck.explain(made.units[example], top=SHARES)
     left, right = st.columns([1, 3])
     if isinstance(examples.source, ImageSource):
-        left.image(examples.picture(example), width=160)
+        show_picture(examples.picture(example), f"example {examples.names[example]}", 160, left)
     with right:
         _explanation(explained, names, model.classes[made.labels[example]])
     done = _switches(record, made, explained, names)

@@ -14,6 +14,7 @@ from apps.address import part, plain
 from apps.inputs import picture_of
 from apps.panels.pictures import pictures_of
 from apps.panels.tokens import texts_panel
+from apps.showing import show_picture
 from apps.subject import Look
 from circuits.examples import Examples
 from circuits.figures.tunings import overlaid
@@ -57,9 +58,10 @@ def _credited(column: Any, look: Look, examples: Examples, example: Example) -> 
         else str(look.unit)
     )
     found = cached.salient(look.model, one, target, "gradient_x_input")
-    picture = picture_of(one)
-    assert picture is not None, "an image"
-    column.image(overlaid(np.asarray(picture) / 255, found.heat()[0].numpy()), width="stretch")
+    shown = picture_of(one)
+    assert shown is not None, "an image"
+    heat = overlaid(np.asarray(shown) / 255, found.heat()[0].numpy())
+    show_picture(heat, f"pixels of {example.name} that excite the unit", place=column)
     column.caption(f"{plain(str(example))} · {plain(Path(example.name).stem)}")
 
 
@@ -83,7 +85,7 @@ def range_panel(look: Look, store: ActivationStore, examples: Examples) -> None:
     for column, kind in ((high, "positive"), (low, "negative")):
         column.caption(f"made: {kind}")
         if made[kind]:
-            column.image(str(made[kind][0].path), width="stretch")
+            show_picture(made[kind][0].path, f"{kind} feature visualization", place=column)
     for i, (column, found) in enumerate(zip(columns, tenths, strict=True)):
         column.caption(_share(i))
         for example in found:
@@ -105,7 +107,9 @@ def _image(
     whole: bool,
 ) -> None:
     box = field.at(example.position)
-    column.image(_excerpt(spec, examples, example, box, whole), width="stretch")
+    show_picture(
+        _excerpt(spec, examples, example, box, whole), f"part of {example.name}", place=column
+    )
     column.caption(f"{plain(str(example))} · {plain(Path(example.name).stem)}")
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from apps import cached
 from apps.address import line, plain
+from apps.showing import show_picture
 from circuits.examples import Examples
 from circuits.featurevis.badges import natural_responses, reliability
 from circuits.featurevis.pictures import Picture, read_facts
@@ -79,16 +80,16 @@ def picture_panel(
             if not made[kind] and st.button(f"Make {label}", key=f"make-{kind}"):
                 _make(model, unit, model_hash, kind)
                 made = pictures_of(unit, model_hash)
-            for column, picture in zip(st.columns(DIVERSE), made[kind][:DIVERSE], strict=False):
-                column.image(str(picture.path), width="stretch")
-                column.caption(f"{picture.facts.get('activation', float('nan')):.3g}")
+            for column, one in zip(st.columns(DIVERSE), made[kind][:DIVERSE], strict=False):
+                show_picture(one.path, f"{label} picture of {unit}", place=column)
+                column.caption(f"{one.facts.get('activation', float('nan')):.3g}")
 
 
 def _stand_in(model_hash: str, unit: Unit) -> None:
     """What excites the unit most, as long as there is no picture of it."""
     face = cached.faces_by_hash(model_hash).get(unit)
     if face is not None and (small := cached.thumbnail(face, WIDTH)):
-        st.image(small, width=WIDTH)
+        show_picture(small, face.about, WIDTH)
         st.caption(f"No feature visualization yet: {plain(face.about)}.")
     else:
         st.caption("No picture yet.")
@@ -123,7 +124,9 @@ def _save(picture: Picture, unit: Unit, model_hash: str, variant: str, **more: A
 
 def _show(made: Made) -> None:
     with open_picture(made.path) as image:
-        st.image(image.resize((WIDTH, WIDTH), Image.Resampling.LANCZOS))
+        show_picture(
+            image.resize((WIDTH, WIDTH), Image.Resampling.LANCZOS), "feature visualization", WIDTH
+        )
     facts = made.facts
     if {"activation", "start_activation", "steps", "seed"} <= set(facts):
         st.caption(

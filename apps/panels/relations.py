@@ -6,6 +6,7 @@ import streamlit as st
 
 from apps import cached
 from apps.address import link, named, plain
+from apps.showing import show_picture
 from apps.subject import Look
 from circuits.families import saved_families
 from circuits.graph.saved import circuits_with
@@ -50,5 +51,5 @@ def relations_panel(look: Look) -> None:
 def _sibling(look: Look, label: str, unit: Unit, phase: str) -> None:
     face = cached.faces(look.record).get(unit)
     if face is not None and (small := cached.thumbnail(face)):
-        st.image(small, width=56)
+        show_picture(small, face.about, 56)
     link("unit", phase, help=named(look.model, unit), model=label, site=unit.site, unit=unit.index)

@@ -34,13 +34,13 @@ LONGEST = 48
 
 _CSS = """<style>
 .unit-texts { display: grid; grid-template-columns: max-content 1fr max-content; gap: 6px 12px; line-height: 1.6; }
-.unit-texts > .value { text-align: right; font-variant-numeric: tabular-nums; opacity: .8; }
-.unit-texts > .from { opacity: .55; font-size: .8em; max-width: 9em; overflow: hidden; text-overflow: ellipsis;
+.unit-texts > .value { text-align: right; font-variant-numeric: tabular-nums; opacity: .85; }
+.unit-texts > .from { opacity: .8; font-size: .8em; max-width: 9em; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
 .unit-texts > .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .unit-texts .token { border-radius: 3px; padding: 1px 0; }
 .unit-texts .peak { font-weight: 600; outline: 1.5px solid currentColor; }
-.unit-texts .odd { opacity: .5; font-size: .85em; }
+.unit-texts .odd { opacity: .8; font-size: .85em; }
 </style>"""
 
 
@@ -101,7 +101,7 @@ def _row(
 
 def _token(word: str, value: float, limit: float, peak: bool, start: bool) -> str:
     colour = "230,120,0" if value > 0 else "0,114,178"
-    strength = 0.75 * min(1.0, abs(value) / limit)
+    strength = 0.55 * min(1.0, abs(value) / limit)
     kind = f"token{' peak' if peak else ''}{' odd' if start else ''}"
     visible = html.escape(word).replace("\n", "↵").replace("\t", "⇥")
     return (

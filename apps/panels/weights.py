@@ -6,7 +6,7 @@ import streamlit as st
 
 from apps import cached
 from apps.address import brief, go_to, line, link, named, plain, python
-from apps.showing import show
+from apps.showing import show, show_picture
 from apps.subject import Look
 from circuits.figures import kernels_figure
 from circuits.models.adapter.topology import INPUT
@@ -72,7 +72,7 @@ def _connection(look: Look, connection: Connection, end: str) -> None:
     other: Unit = getattr(connection, end)
     face = cached.faces(look.record).get(other)
     if face is not None and (small := cached.thumbnail(face)):
-        st.image(small, width=64)
+        show_picture(small, face.about, 64)
     st.button(
         plain(brief(look.model, other)), help=plain(named(look.model, other)),
         key=f"go-{end}-{connection.layer}-{other}", on_click=go_to, args=(other,),

@@ -9,7 +9,7 @@ import torch
 from apps import cached, editing
 from apps.address import TROUBLE, line, link, part, python
 from apps.panels.evidence import evidence_panel
-from apps.showing import show
+from apps.showing import show, show_picture
 from circuits.cleanroom.families import angles_of
 from circuits.cleanroom.network import FAMILIES
 from circuits.figures import layers_figure
@@ -58,7 +58,7 @@ def _live(model: HookedModel) -> None:
             ink=ink,
             paper=paper,
         )
-        st.image(to_image(image[0]), width=256)
+        show_picture(to_image(image[0]), "the drawn curve", 256)
         if recipe.edits:
             st.caption(f"With your {len(recipe.edits)} edits in force.")
         link(

@@ -10,7 +10,7 @@ import streamlit as st
 from apps import cached
 from apps.address import TROUBLE, choose, choose_model, line, link, named, plain
 from apps.inputs import picture_of
-from apps.showing import show
+from apps.showing import show, show_picture
 from circuits.edits.recipes import Recipe
 from circuits.figures import histogram_figure, tuning_figure
 from circuits.models.adapter.hooked_model import HookedModel
@@ -92,7 +92,7 @@ def _chosen(name: str, model_name: str, labels: list[str]) -> Side | None:
     link("unit", "Its page", model=label, site=unit.site, unit=unit.index)
     face = cached.faces(record).get(unit)
     if face is not None and (small := cached.thumbnail(face, 224)):
-        st.image(small, width=224)
+        show_picture(small, face.about, 224)
     return Side(name, record, model, unit)
 
 
@@ -120,9 +120,9 @@ def _harvested(side: Side, statistics: Mapping[str, UnitStatistics]) -> None:
     for column, example in zip(
         st.columns(STRONGEST), store.top_examples(side.unit, STRONGEST), strict=False
     ):
-        picture = picture_of(examples.subset([example.index]))
-        if picture is not None:
-            column.image(picture, width="stretch")
+        shown = picture_of(examples.subset([example.index]))
+        if shown is not None:
+            show_picture(shown, f"example {example.name}", place=column)
         column.caption(plain(str(example)))
 
 

@@ -9,7 +9,7 @@ from apps import cached
 from apps.address import choose_model, choose_site, link, named, plain, python
 from apps.inputs import choose_input, code_of, show_input
 from apps.panels.credit import credit_panel
-from apps.showing import show
+from apps.showing import show, show_picture
 from circuits.edits.recipes import Recipe
 from circuits.examples import Examples
 from circuits.figures import map_picture, predictions_figure
@@ -57,7 +57,7 @@ def _units(record: ModelRecord, model: HookedModel, one: Examples, site: str) ->
             unit = Unit(place.name, order.pop(0))
             with column:
                 if unit in faces and (small := cached.thumbnail(faces[unit], 96)):
-                    st.image(small, width=96)
+                    show_picture(small, faces[unit].about, 96)
                 number = float(strengths[unit.index])
                 beside = (
                     f", {number / deviations[unit.index]:.1f} SD" if deviations is not None else ""
@@ -72,7 +72,9 @@ def _units(record: ModelRecord, model: HookedModel, one: Examples, site: str) ->
                 )
                 st.caption(f"{number:.3g}{beside}")
                 if place.position_axes == ("y", "x"):
-                    st.image(map_picture(value[0, unit.index].numpy()), width="stretch")
+                    show_picture(
+                        map_picture(value[0, unit.index].numpy()), f"where {unit} is active"
+                    )
     python(f"""
 import circuits
 import PIL.Image

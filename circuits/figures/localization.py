@@ -127,8 +127,9 @@ def lens_figure(lens: Lens, title: str = "") -> Figure:
     patterns = alt.Scale(domain=list(names), range=[[1, 0], [3, 3], [6, 2]])
     dash = alt.StrokeDash("run:N", title=None, scale=patterns)
     ends = alt.Chart(data([r for r in rows if "low" in r])).mark_rule(color=ORANGE)
+    known = any(np.isfinite(d.low) for d in lens.depths)  # one example has no interval
     made = alt.layer(
-        ends.encode(x, alt.Y("low:Q"), y2="high:Q"),
+        *([ends.encode(x, alt.Y("low:Q"), y2="high:Q")] if known else []),
         line.mark_line().encode(strokeDash=dash),
         line.mark_point(filled=True, size=25).encode(tooltip=tips),
     )

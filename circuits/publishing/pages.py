@@ -210,7 +210,7 @@ def _numbers(found: UnitStatistics) -> str:
         ("largest", found.maximum), ("mean", found.mean), ("standard deviation", found.std),
         ("share above 0", found.density),
     ]  # fmt: skip
-    return table(("activation", ""), [(name, f"{value:.3g}") for name, value in rows])
+    return table(("activation", "value"), [(name, f"{value:.3g}") for name, value in rows])
 
 
 def spectrum(found: UnitStatistics) -> str:

@@ -438,6 +438,25 @@ class ActivationStore:
         rows = order[: max(0, min(k, int(np.isfinite(values).sum())))]
         return [self._example(site, r, values, places) for r in rows.tolist()]
 
+    def best_examples(self, site: str) -> list[Example | None]:
+        """Each unit's strongest example, as `top_examples` has it; None of a unit without a finite activation.
+
+        Raises:
+            KeyError: if the site was not recorded.
+        """
+        place = self._site(site)
+        open_above = place.before in self.sites
+        kept = self.summary(place.before if open_above else site)
+        values, places = kept.maximum, kept.argmax
+        if open_above and place.floor is not None:
+            values = np.maximum(values, np.float32(place.floor))  # NaN stays
+        finite = np.isfinite(values)
+        rows = np.where(finite, values, -np.inf).argmax(0)
+        return [
+            self._example(place, int(row), values[:, unit], places[:, unit]) if known else None
+            for unit, (row, known) in enumerate(zip(rows, finite.any(0), strict=True))
+        ]
+
     def quantile_examples(
         self, unit: Unit, quantiles: int = 10, k: int = 4, seed: int = 0
     ) -> list[list[Example]]:
