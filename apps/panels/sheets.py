@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from shlex import quote
 
@@ -59,18 +59,22 @@ def sheet_panel(
     return None if picked is None else Unit.parse(picked)
 
 
-def strip_panel(record: ModelRecord, order: Sequence[str]) -> None:
+def strip_panel(record: ModelRecord, order: Sequence[str], hidden: Container[str]) -> None:
     """A network as a strip of its sites, with the faces of some units of each; a click opens the unit."""
     label = cached.label_of(record)
     faces, sites = cached.faces(record), dict[str, list[Unit]]()
-    for unit in faces:
+    for unit in (u for u in faces if u.site not in hidden):
         sites.setdefault(unit.site, []).append(unit)
+    drawn = {u for u, face in faces.items() if face.kind == "visualization"}
+    for name, units in sites.items():  # where there are enough visualizations, only these
+        known = [u for u in units if u in drawn]
+        sites[name] = sorted(known if len(known) >= FACES else units, key=lambda u: u.index)
     names = sorted(sites, key=lambda name: order.index(name) if name in order else len(order))
     shown = [names[i] for i in _spread(len(names), SITES)]
     tiles = [
         replace(tile_of(units[i], faces), group=name)
         for name in shown
-        for units in [sorted(sites[name], key=lambda u: u.index)]
+        for units in [sites[name]]
         for i in _spread(len(units), FACES)
     ]
     if tiles and (picked := sheet(tiles, key=f"faces-{label}")) is not None:

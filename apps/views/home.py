@@ -81,8 +81,9 @@ def _model(record: ModelRecord, database: Database) -> None:
     with st.container(border=True):
         st.markdown(f"**{plain(label)}** · weights {code(record.hash[:16])}")
         stores = cached.stores_of(record)
-        order = dict.fromkeys(site.name for s in stores for site in s.provenance.sites)
-        strip_panel(record, list(order))
+        sites = [site for s in stores for site in s.provenance.sites]
+        same = {site.before for site in sites}  # the same units, before a ceiling
+        strip_panel(record, list(dict.fromkeys(s.name for s in sites)), same)
         rows = [
             {
                 "data": s.provenance.data, "examples": len(s.provenance.examples), "sites": len(s.provenance.sites),

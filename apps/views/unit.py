@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from apps import cached
 from apps.address import (
@@ -41,29 +42,30 @@ def page() -> None:
     _heading(look)
     search_panel(record, model)
     names_panel(unit, record.hash)
-    examples = None
+    best = examples = None
     of_tokens = isinstance(model.input, TokenInput)
     if look.store is None:
         if not of_tokens:
             picture_panel(model, unit, record.hash, None)
         st.info(not_harvested(record, unit.site))
     elif of_tokens:
-        examples = st.container()
+        best = examples = st.container()
         statistics_panel(look, look.store)
     else:
-        left, right = st.columns([1, 2])
+        left, right = st.columns([2, 5])
         with left:
             picture_panel(model, unit, record.hash, look.examples)
         with right:
+            best = st.container()
             statistics_panel(look, look.store)
         examples = st.container()
     tuning_panel(look)
     roles_panel(look)
     logits = st.container()
     weights_panel(look)
-    if examples is not None:
-        with examples:  # here, for they take longest the first time: what they see has to be found
-            _examples(look)
+    if best is not None and examples is not None:
+        # here, for they take longest the first time: what they see has to be found
+        _examples(look, best, examples)
     own_text_panel(look)
     with logits:  # of a head last of all: every pair of tokens is gone through
         logits_panel(look)
@@ -72,16 +74,19 @@ def page() -> None:
     relations_panel(look)
 
 
-def _examples(look: Look) -> None:
+def _examples(look: Look, first: DeltaGenerator, rest: DeltaGenerator) -> None:
+    """The strongest examples in one place, and what else is known of examples in another."""
     if look.trouble is not None:
-        st.warning(f"The examples cannot be shown: {line(look.trouble)}")
+        first.warning(f"The examples cannot be shown: {line(look.trouble)}")
         return
     assert look.store is not None, "checked by the caller"
     assert look.examples is not None, "there is no trouble"
-    examples_panel(look, look.store, look.examples)
+    with first:
+        examples_panel(look, look.store, look.examples)
     best = look.store.top_examples(look.unit, 1)
-    pattern_panel(look, look.examples, best[0].index if best else 0)
-    range_panel(look, look.store, look.examples)
+    with rest:
+        pattern_panel(look, look.examples, best[0].index if best else 0)
+        range_panel(look, look.store, look.examples)
 
 
 def _heading(look: Look) -> None:

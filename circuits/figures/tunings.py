@@ -227,9 +227,7 @@ def layers_figure(layers: Mapping[str, Sequence[Angles]], at: float) -> Figure:
         tips = {"kind:N": "family", "angle:Q": "degrees", "response:Q": "activation"}
         drawn = lines(rows, x, y, tips, [layer], dashed=len(families) > 1)
         stimulus = alt.Chart(alt.Data(values=[{"angle": at % 360}])).mark_rule(color=ORANGE)
-        panels.append(
-            panel(alt.layer(drawn, stimulus.encode(x="angle:Q")).properties(height=110), layer)
-        )
+        panels.append(panel(sized(alt.layer(drawn, stimulus.encode(x="angle:Q")), 440, 110), layer))
     return alt.vconcat(*panels).resolve_scale(strokeDash="independent", color="independent")
 
 
