@@ -424,7 +424,7 @@ def _activations(
         model, open_source(data), sites, workspace, record, skip_bad=True, progress=progress
     )
     if faces:
-        make_faces(workspace, model, store, Examples(model, open_source(data), None, skip_bad=True))
+        make_faces(workspace, model, store, open_source(data))
     units = sum(s.n_units for s in store.provenance.sites)
     result = f"{len(store.provenance.examples) - len(store.skipped)} examples, {units} units"
     if store.skipped:

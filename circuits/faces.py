@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.paths.receptive import Box, receptive_field
 from circuits.progress import Progress
 from circuits.stimuli.images import open_picture
+from circuits.stimuli.sources import Source
 from circuits.stimuli.spelling import word_of
 from circuits.store import ActivationStore, Example
 from circuits.units import Site, Unit
@@ -134,21 +135,21 @@ def make_faces(
     workspace: Workspace,
     model: HookedModel,
     store: ActivationStore,
-    examples: Examples,
+    source: Source,
     *,
     sites: Iterable[str] | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Make the faces of all units of a store from the examples that excite them most.
 
-    Each example is read once. Sites whose faces were made from this store are left as they are; units that are never
-    active have none.
+    Only the examples that are best for some unit are read, each once. Sites whose faces were made from this store are
+    left as they are; units that are never active have none.
 
     Args:
         workspace: where they are kept.
         model: the model, or another with the same receptive fields and vocabulary.
         store: what was harvested.
-        examples: all examples of the store.
+        source: the data that the store was made from.
         sites: which of its sites; all if None.
         progress: called with the examples read and all there are.
 
@@ -157,7 +158,7 @@ def make_faces(
 
     Raises:
         KeyError: if a site was not harvested.
-        OSError: if the workspace cannot be written, or an example cannot be read.
+        ValueError, OSError: if the workspace cannot be written, or an example cannot be read.
     """
     wanted = {name: store.sites[name] for name in (store.sites if sites is None else sites)}
     made_from = {"data": store.provenance.data_hash, "run": store.folder.name}
@@ -175,9 +176,12 @@ def make_faces(
         best[name] = dict(_best(store, site))
     if not best:
         return n
+    numbers = sorted({one.index for found in best.values() for one in found.values()})
+    examples = Examples(model, source, None, among=numbers)
+    at = {number: k for k, number in enumerate(numbers)}
     spec = model.input
     drawn = (
-        _crops(model, spec, examples, best, progress)
+        _crops(model, spec, examples, at, best, progress)
         if isinstance(spec, ImageInput)
         else dict[tuple[str, int], bytes]()
     )
@@ -186,7 +190,7 @@ def make_faces(
         for index, example in found.items():
             units[index] = {"about": _about(Unit(name, index), example)}
             if isinstance(spec, TokenInput):
-                units[index] |= _token(spec, examples, example)
+                units[index] |= _token(spec, examples.tokens(at[example.index]), example)
         said = {"site": name, "made_from": made_from, "units": units}
         with (
             replacing(workspace.faces_path(model.hash, name)) as temporary,
@@ -211,6 +215,7 @@ def _crops(
     model: HookedModel,
     spec: ImageInput,
     examples: Examples,
+    at: Mapping[int, int],
     best: dict[str, dict[int, Example]],
     progress: Progress | None,
 ) -> dict[tuple[str, int], bytes]:
@@ -221,7 +226,7 @@ def _crops(
             by_example.setdefault(example.index, []).append((name, index))
     made: dict[tuple[str, int], bytes] = {}
     for done, (number, units) in enumerate(sorted(by_example.items())):
-        image = spec.fit(examples.picture(number)).convert("RGB")
+        image = spec.fit(examples.picture(at[number])).convert("RGB")
         boxes: dict[Box, bytes] = {}  # units of one site that peak at one place share a picture
         for name, index in units:
             box = box_of(model, name, best[name][index], image.size)
@@ -281,10 +286,9 @@ def _about(unit: Unit, example: Example) -> str:
     return f"what excites {unit} most, {example}{at} of {example.name}"
 
 
-def _token(spec: TokenInput, examples: Examples, example: Example) -> dict[str, str]:
+def _token(spec: TokenInput, tokens: Sequence[int], example: Example) -> dict[str, str]:
     """The token at which a unit is most active; none at a site without positions."""
     if len(example.position) != 1:
         return {"text": ""}
-    tokens = examples.tokens(example.index)
     at = example.position[0]
     return {"text": word_of(spec.vocabulary, tokens[at]) if at < len(tokens) else ""}

@@ -16,7 +16,7 @@ from circuits.cli.main import run
 from circuits.faces import LEAST, SIDE, faces_of, make_faces
 from circuits.harvesting import harvest
 from circuits.models.adapter.inputs import ImageInput
-from circuits.stimuli.sources import open_source
+from circuits.stimuli.sources import Source, open_source
 from circuits.store import ActivationStore
 from circuits.workspace import ModelRecord
 
@@ -69,8 +69,8 @@ def _harvested(model: HookedModel, folder: Path, place: Workspace) -> Activation
     )
 
 
-def _examples(model: HookedModel, folder: Path) -> Examples:
-    return Examples(model, open_source(f"folder:{folder}"), None)
+def _source(folder: Path) -> Source:
+    return open_source(f"folder:{folder}")
 
 
 def test_a_face_is_cut_where_the_unit_peaks(
@@ -78,7 +78,7 @@ def test_a_face_is_cut_where_the_unit_peaks(
 ) -> None:
     store = _harvested(eyes, images, place)
     told: list[tuple[int, int]] = []
-    n = make_faces(place, eyes, store, _examples(eyes, images), progress=lambda *a: told.append(a))
+    n = make_faces(place, eyes, store, _source(images), progress=lambda *a: told.append(a))
     found = faces_of(place, eyes.hash)
     assert n == len(found) == 2, "a unit that is never active has no face"
     assert told == [(1, 2), (2, 2)], "the first image is nobody's best"
@@ -116,16 +116,16 @@ def test_the_best_examples_of_all_units_are_the_top_ones(
 def test_faces_are_made_once_and_again_where_they_are_damaged(
     eyes: HookedModel, images: Path, place: Workspace
 ) -> None:
-    store, examples = _harvested(eyes, images, place), _examples(eyes, images)
-    make_faces(place, eyes, store, examples)
+    store, source = _harvested(eyes, images, place), _source(images)
+    make_faces(place, eyes, store, source)
     path = place.faces_path(eyes.hash, "relu")
     before = path.stat().st_mtime_ns
-    assert make_faces(place, eyes, store, examples) == 2
+    assert make_faces(place, eyes, store, source) == 2
     assert path.stat().st_mtime_ns == before
     for broken in (path.read_bytes()[:40], b"", b"PK" + bytes(100)):
         path.write_bytes(broken)
         assert faces_of(place, eyes.hash) == {}
-        assert make_faces(place, eyes, store, examples) == 2
+        assert make_faces(place, eyes, store, source) == 2
         assert len(faces_of(place, eyes.hash)) == 2
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("faces.json", '{"site": "relu", "units": {"0": 5}}')
@@ -135,7 +135,7 @@ def test_faces_are_made_once_and_again_where_they_are_damaged(
 def test_a_visualization_comes_before_an_example(
     eyes: HookedModel, images: Path, place: Workspace
 ) -> None:
-    make_faces(place, eyes, _harvested(eyes, images, place), _examples(eyes, images))
+    make_faces(place, eyes, _harvested(eyes, images, place), _source(images))
     own = place.picture_path(eyes.hash, "relu:0", "3steps-64px-seed0")
     own.parent.mkdir(parents=True)
     Image.new("RGB", (8, 8), (0, 200, 0)).save(own)
@@ -146,7 +146,7 @@ def test_a_visualization_comes_before_an_example(
 
 
 def test_what_is_gone_is_said(eyes: HookedModel, images: Path, place: Workspace) -> None:
-    make_faces(place, eyes, _harvested(eyes, images, place), _examples(eyes, images))
+    make_faces(place, eyes, _harvested(eyes, images, place), _source(images))
     face = faces_of(place, eyes.hash)[Unit("relu", 0)]
     with zipfile.ZipFile(face.path, "w") as archive:
         archive.writestr("faces.json", "{}")
@@ -160,7 +160,7 @@ def test_tokens_have_words(place: Workspace) -> None:
         model, source, ["blocks.1.attn.hook_z"], place, ModelRecord("induction", model.hash)
     )
     examples = Examples(model, source, None)
-    make_faces(place, model, store, examples)
+    make_faces(place, model, store, source)
     unit = Unit("blocks.1.attn.hook_z", 1)
     face, best = faces_of(place, model.hash)[unit], store.top_examples(unit, 1)[0]
     assert face.text == str(examples.tokens(best.index)[best.position[0]])

@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     source = open_source(f"folder:{images}")
     store = harvest(model, source, ["relu", "sees"], place, ModelRecord("bright", model.hash))
     examples = Examples(model, source, None)
-    make_faces(place, model, store, examples)
+    make_faces(place, model, store, source)
     circuit = CircuitGraph(model_hash=model.hash)
     circuit.add_edge(
         Unit("sees", 0), Unit("relu", 0), "w", kind="weight", norm=1.0, sum=1.0, typical=1.0

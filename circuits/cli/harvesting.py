@@ -12,7 +12,6 @@ from circuits.cli.output import leads, note, warn
 from circuits.cli.signatures import Within, command, option
 from circuits.cli.stores import show_store
 from circuits.errors import line
-from circuits.examples import Examples
 from circuits.faces import make_faces
 from circuits.harvesting import harvest as run
 from circuits.models.adapter.hooked_model import HookedModel
@@ -135,10 +134,9 @@ def _keep_faces(
     output: options.Output,
 ) -> None:
     """Keep what excites each unit most; a dataset that can no longer be read has no faces, which is said."""
-    examples = Examples(model, source, None, skip_bad=True)
     try:
         with output.progress("faces") as progress:
-            make_faces(place, model, store, examples, progress=progress)
+            make_faces(place, model, store, source, progress=progress)
     except (OSError, ValueError) as error:
         warn(f"no faces: {line(error)}")
 

@@ -38,6 +38,9 @@ from circuits.store.summaries import (
 from circuits.tables import Table, by_reason
 from circuits.units import Site, Unit, unknown
 
+_AT_ONCE = 1 << 24
+"""Numbers of units on examples that are in memory together."""
+
 _SMALL = 1 << 26
 """Bytes of statistics that are compared with their checksum whenever a process opens them first: 0.15 seconds."""
 
@@ -446,16 +449,22 @@ class ActivationStore:
         """
         place = self._site(site)
         open_above = place.before in self.sites
-        kept = self.summary(place.before if open_above else site)
-        values, places = kept.maximum, kept.argmax
-        if open_above and place.floor is not None:
-            values = np.maximum(values, np.float32(place.floor))  # NaN stays
-        finite = np.isfinite(values)
-        rows = np.where(finite, values, -np.inf).argmax(0)
-        return [
-            self._example(place, int(row), values[:, unit], places[:, unit]) if known else None
-            for unit, (row, known) in enumerate(zip(rows, finite.any(0), strict=True))
-        ]
+        stored = self.provenance.places[self._site(place.before).name if open_above else place.name]
+        n = max(1, len(self.provenance.examples))
+        found: list[Example | None] = []
+        for start in range(stored.start, stored.stop, max(1, _AT_ONCE // n)):
+            units = slice(start, min(stored.stop, start + max(1, _AT_ONCE // n)))
+            with self._statistics() as file:
+                values, places = (self._kept(file, name)[units] for name in ("maximum", "argmax"))
+            if open_above and place.floor is not None:
+                values = np.maximum(values, np.float32(place.floor))  # NaN stays
+            known = np.isfinite(values)
+            rows = np.where(known, values, -np.inf).argmax(1)
+            found += [
+                self._example(place, int(row), values[k], places[k]) if known[k].any() else None
+                for k, row in enumerate(rows)
+            ]
+        return found
 
     def quantile_examples(
         self, unit: Unit, quantiles: int = 10, k: int = 4, seed: int = 0
