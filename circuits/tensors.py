@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -74,7 +75,10 @@ def write_tensors(
         OSError: if it cannot be written.
     """
     with replacing(path) as temporary:
-        save_file(_apart(tensors), temporary, dict(metadata or {}) or None)
+        try:
+            save_file(_apart(tensors), temporary, dict(metadata or {}) or None)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(f"file {str(path)!r} cannot be written: {error}") from error
         if metadata:
             _sort_metadata(temporary)
 

