@@ -338,7 +338,8 @@ def edits(subject: Subject, found: Mapping[str, Any], told: Progress) -> Stage:
         "null_is": "as many random heads of the same layers",
     }  # fmt: skip
     steered = _steering(subject, heads, rng, portion(told, 1, 5, 6))
-    kept = _kept(subject, task.test, found, rng, portion(told, 5, 6, 6))
+    # Roles were tested on `test`, and movers chosen on `find`: neither half may say what they are worth together.
+    kept = _kept(subject, subject.fresh(task), found, rng, portion(told, 5, 6, 6))
     rows = [_bar("heads removed, on find", "predicted", ablation["predicted"])]
     rows += [
         _bar("heads removed, on test", "measured", ablation["measured"]),
@@ -412,6 +413,7 @@ def _kept(
             "left": interval_of(left, test.clusters, subject.options.seed), "intact": float(intact.mean()),
             "none": float(other.mean()), "share": float(left.mean() / intact.mean()),
             "random": [float((intact + c).mean() / intact.mean()) for c in changes[1:]],
+            "examples": len(test), "independent": len(set(test.clusters)),
             "null_is": "as many random heads of each layer",
         })  # fmt: skip
     return made

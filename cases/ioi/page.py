@@ -264,7 +264,8 @@ def _edits(found: Mapping[str, Any]) -> Iterator[str]:
         for k in found["kept"]
     ]  # fmt: skip
     yield (
-        "<p>Kept: all other heads put out what they put out on the counterpart, and every MLP is computed again. The "
+        "<p>Kept: all other heads put out what they put out on the counterpart, and every MLP is computed again; on "
+        f"{found['kept'][0]['examples']} texts that no half of the task has. The "
         f"difference is {found['kept'][0]['intact']:.2f} logits with all heads and {found['kept'][0]['none']:.2f} on "
         "the counterpart. In GPT-2 small 26 of 144 heads leave 0.87 of it (others replaced by means).</p>"
     )

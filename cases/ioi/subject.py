@@ -124,6 +124,13 @@ class Subject:
         spec = f"ioi:corruption={corruption},templates={order}"
         return TaskSpec(spec, n or self.sizes.pairs, self.options.seed).compile(self.model)
 
+    def fresh(self, seen: Task) -> Task:
+        """As many texts as the halves of a task have, of another seed, without those that the task has."""
+        spec = TaskSpec("ioi:corruption=abc,templates=both", len(seen), self.options.seed + 1)
+        drawn, known = spec.compile(self.model), set(seen.examples.names)
+        left = [i for i, name in enumerate(drawn.examples.names) if name not in known]
+        return drawn.subset(left[: len(seen.test)])
+
     def other(self, name: str) -> Task:
         """Another task, on which the circuit should do nothing."""
         return TaskSpec(name, self.sizes.pairs, self.options.seed).compile(self.model)
