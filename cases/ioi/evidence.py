@@ -286,7 +286,13 @@ def corruptions(subject: Subject, edges: Sequence[str], told: Progress) -> Stage
         told(k + 1, len(asked) + 1)
     names = list(masks)
     alike = [[shared(masks[a], masks[b]) for b in names] for a in names]
-    density = sizes.edges / len(graph)
+    rng = np.random.default_rng(subject.options.seed)
+    chance = [
+        shared(random_circuit(graph, masks[a], rng), masks[b])
+        for a in names
+        for b in names
+        if a != b
+    ]
     carried = {}
     for name, test in tests.items():
         ends = [np.zeros(len(graph), bool), np.ones(len(graph), bool)]
@@ -298,7 +304,7 @@ def corruptions(subject: Subject, edges: Sequence[str], told: Progress) -> Stage
     strong = masks[f"{CORRUPTIONS[0]}, ABBA"] & masks[f"{CORRUPTIONS[0]}, BABA"]
     opposed = float((np.sign(abba) != np.sign(baba))[strong].mean()) if strong.any() else None
     return Stage({
-        "names": names, "jaccard": alike, "jaccard_by_chance": density / (2 - density), "effects": effects,
+        "names": names, "jaccard": alike, "jaccard_by_chance": float(np.mean(chance)), "effects": effects,
         "faithfulness": carried, "opposed_in_both_orders": opposed, "strong_in_both": int(strong.sum()),
         "lost_together": int((strong & ~masks[f"{CORRUPTIONS[0]}, both"]).sum()), "edges": sizes.edges,
     })  # fmt: skip
@@ -315,7 +321,7 @@ def edits(subject: Subject, heads: Sequence[str], told: Progress) -> Stage:
     )
     names, layers = subject.heads, [layer_of(h) for h in heads]
     free = {n: [h for h in names if layer_of(h) == n and h not in heads] for n in set(layers)}
-    draws = [[str(rng.choice(free[n])) for n in layers] for _ in range(subject.sizes.random)]
+    draws = [random_heads(free, layers, rng) for _ in range(subject.sizes.random)]
     predicted = _removed(subject, task.find, [heads])[0]
     told(1, 5)
     measured, *others = _removed(subject, task.test, [heads, *draws])
@@ -343,6 +349,17 @@ def edits(subject: Subject, heads: Sequence[str], told: Progress) -> Stage:
     return Stage(
         {"ablation": ablation, "steering": steered}, {caption: drawing.bars(rows, "change, logits")}
     )
+
+
+def random_heads(
+    free: Mapping[int, Sequence[str]], layers: Sequence[int], rng: np.random.Generator
+) -> list[str]:
+    """Different heads, as many of each layer as `layers` names it, or all that are free there if those are fewer."""
+    made = list[str]()
+    for layer in dict.fromkeys(layers):
+        n = min(layers.count(layer), len(free[layer]))
+        made += map(str, rng.choice(free[layer], n, replace=False))
+    return made
 
 
 def _bar(what: str, kind: str, found: Mapping[str, float]) -> dict[str, Any]:

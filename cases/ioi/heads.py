@@ -73,28 +73,27 @@ def heads(subject: Subject, told: Progress) -> Stage:
     told(7, 8)
     roles = _by_attention(subject) | {
         "name mover": _both(speaks, copies), "negative name mover": _both(against, lowers),
-        "S suppressor": _both(speaks, lowers), "S-inhibition": into["abc"].to_dict(_SHOWN),
+        "S suppressor": _both(speaks, lowers), "S-inhibition": _both(*into["abc"]),
         "backup name mover": _both(grown, copies, after),
     }  # fmt: skip
     tests = {
         "direct": speaks.to_dict(_SHOWN), "against": against.to_dict(_SHOWN), "copies": copies.to_dict(_SHOWN),
         "lowers": lowers.to_dict(_SHOWN), "grown": grown.to_dict(_SHOWN),
     }  # fmt: skip
-    inhibitors = [t.head for t in into["abc"].found]
+    found_inhibitors = roles["S-inhibition"]["found"]
+    inhibitors = found_inhibitors or _top(into["abc"][0])
     signals = {
-        SIGNALS[c]: {
-            h: _said(tests_of.of(h)) for h in (inhibitors or _top(into["abc"])) if _has(tests_of, h)
-        }
-        for c, tests_of in into.items()
+        SIGNALS[c]: {h: _said(more.of(h)) for h in inhibitors if _has(more, h)}
+        for c, (more, _) in into.items()
     }
     places = {
         h: {p: float(seen[p][names.index(h)].mean()) for p in seen}
-        for h in _shown(roles, movers, inhibitors or _top(into["abc"]))
+        for h in _shown(roles, movers, inhibitors)
     }
     numbers: dict[str, Any] = {
         "roles": roles, "tests": tests, "movers": movers, "movers_found": bool(found), "signals": signals,
-        "attention_from_end": places, "inhibitors": inhibitors or _top(into["abc"]),
-        "inhibitors_found": bool(inhibitors), "removed": removed, "heads": len(names),
+        "attention_from_end": places, "inhibitors": inhibitors, "inhibitors_found": bool(found_inhibitors),
+        "removed": removed, "heads": len(names),
         "copied_in_top5": {h: float(copying.in_top[i].mean()) for i, h in enumerate(names) if h in places},
         "chance_in_top5": copying.chance_in_top, "examples": len(task.test),
         "independent": len(set(task.test.clusters)), "names": len(copying.tokens),
@@ -124,10 +123,8 @@ def _has(tests: RoleTests, head: str) -> bool:
 
 
 def _top(tests: RoleTests) -> list[str]:
-    """The heads with the largest measure, where none has the role."""
-    return [
-        t.head for t in sorted(tests.tests, key=lambda t: t.chance - t.value.value)[:_STAND_INS]
-    ]
+    """The heads with the largest measure, whatever it is by chance, where none has the role."""
+    return [t.head for t in sorted(tests.tests, key=lambda t: -t.value.value)[:_STAND_INS]]
 
 
 def _shown(roles: dict[str, Any], movers: Sequence[str], inhibitors: Sequence[str]) -> list[str]:
@@ -218,11 +215,15 @@ def attention_from_end(
     return made
 
 
-def _into_queries(subject: Subject, movers: Sequence[str]) -> dict[str, RoleTests]:
-    """What heads do to the answer by way of the movers' queries alone, compared with other heads' queries.
+def _into_queries(
+    subject: Subject, movers: Sequence[str]
+) -> dict[str, tuple[RoleTests, RoleTests]]:
+    """What heads do to the answer by way of the movers' queries alone, compared with other heads' queries and with 0.
 
     Path patching (Wang et al. 2022, section 3.2), of all movers together, from counterparts that take away the token
-    signal, the position signal, or both; the null is the same path into as many other heads of the movers' layers.
+    signal, the position signal, or both; the null is the same path into as many other heads of the movers' layers, or
+    all others if they are fewer. A head that does nothing through the movers' queries, and harm through the others',
+    differs from that null: so what it does through the movers' is compared with 0 too.
     """
     sizes, names = subject.sizes, subject.heads
     rng, last = np.random.default_rng(subject.options.seed), max(map(layer_of, movers))
@@ -241,12 +242,15 @@ def _into_queries(subject: Subject, movers: Sequence[str]) -> dict[str, RoleTest
             )
             for to in (movers, others)
         )
-        made[corruption] = judge_heads(
-            "S-inhibition", senders, values, chance,
-            measure=f"logit difference that is lost through the queries of {', '.join(movers)}", unit="logits",
-            chance_is=f"the same through the queries of {', '.join(others)}", clusters=test.clusters,
-            n_tests=len(names), seed=subject.options.seed,
-        )  # fmt: skip
+        judged: dict[str, Any] = {
+            "measure": f"logit difference that is lost through the queries of {', '.join(movers)}", "unit": "logits",
+            "clusters": test.clusters, "n_tests": len(names), "seed": subject.options.seed,
+        }  # fmt: skip
+        instead = f"the same through the queries of {', '.join(others)}"
+        made[corruption] = (
+            judge_heads("S-inhibition", senders, values, chance, chance_is=instead, **judged),
+            judge_heads("moves the movers' queries", senders, values, **judged),
+        )
     return made
 
 
