@@ -17,9 +17,9 @@ from cases.curve_detector.stage import Options
 from cases.imagenet.evidence import _at_eyes, rate_p
 from cases.imagenet.names import _curves, _directions, text_of
 from cases.imagenet.photographs import shuffled_model
-from cases.ioi.evidence import grown
+from cases.ioi.evidence import grown, random_heads
 from cases.ioi.heads import _both
-from cases.ioi.page import in_words
+from cases.ioi.page import _GPT2, _differences, in_words
 from circuits.cli.main import run
 from circuits.concepts import read_names
 from circuits.discovery.streams import StreamGraph
@@ -349,6 +349,28 @@ def test_a_circuit_that_is_no_better_than_with_swapped_answers_is_said_so(
     assert "is undefined: too few examples" in in_words(
         {"heads": {"roles": roles}, "circuit": circuit}
     )
+
+
+def test_random_heads_in_the_place_of_some_are_different_ones() -> None:
+    free, rng = {19: ["19.0", "19.1", "19.3"], 20: ["20.1"]}, np.random.default_rng(0)
+    for _ in range(20):
+        drawn = random_heads(free, [20, 19, 19, 20], rng)
+        assert len(set(drawn)) == len(drawn) == 3
+        assert drawn[0] == "20.1", "20 has no other one"
+
+
+@pytest.mark.parametrize(("place", "name", "said"), [(4.1, 0.1, "position"), (0.2, 1.5, "name")])
+def test_what_movers_are_told_is_read_from_paths_into_their_queries(
+    place: float, name: float, said: str
+) -> None:
+    heads = {
+        "roles": {role: {"found": []} for role in _GPT2}, "tests": {"direct": {"heads": []}},
+        "signals": {"position": {"20.0": {"value": place}}, "token": {"20.0": {"value": name}}},
+    }  # fmt: skip
+    agrees, differs = "".join(_differences({"heads": heads})).split("<p>Differs:")
+    line = f"more is about the {said}"
+    assert (line in agrees, line in differs) == (said == "position", said == "name")
+    assert f"{place:.2f} logits are lost if the first two names trade places" in agrees + differs
 
 
 @WHOLE

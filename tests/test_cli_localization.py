@@ -97,6 +97,15 @@ def test_lens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "0.0" in said(capsys, "lens", "induction", "--limit", "4")
 
 
+def test_a_text_that_is_longer_than_the_context_is_read_in_part_and_that_is_said(capsys) -> None:
+    n_ctx = load_model("induction").input.n_ctx
+    line = f"--text has {2 * n_ctx + 1} tokens: the model takes {n_ctx}, and the rest is not read"
+    for command in (["lens", "induction", "--tokens"], ["attention", "induction", "1.0"]):
+        for text, cut in (("5 6 " * n_ctx, True), ("5 6", False)):
+            assert run([*command, "--text", text]) == 0
+            assert (line in capsys.readouterr().err) == cut
+
+
 def test_probe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     figure = tmp_path / "probe.png"
     found = output(

@@ -291,7 +291,13 @@ def corruptions(subject: Subject, edges: Sequence[str], told: Progress) -> Stage
         }
     names = list(masks)
     alike = [[shared(masks[a], masks[b]) for b in names] for a in names]
-    density = sizes.edges / len(graph)
+    rng = np.random.default_rng(subject.options.seed)
+    chance = [
+        shared(random_circuit(graph, masks[a], rng), masks[b])
+        for a in names
+        for b in names
+        if a != b
+    ]
     carried = {}
     for name, test in tests.items():
         ends = [np.zeros(len(graph), bool), np.ones(len(graph), bool)]
@@ -303,7 +309,7 @@ def corruptions(subject: Subject, edges: Sequence[str], told: Progress) -> Stage
     strong = masks[f"{CORRUPTIONS[0]}, ABBA"] & masks[f"{CORRUPTIONS[0]}, BABA"]
     opposed = float((np.sign(abba) != np.sign(baba))[strong].mean()) if strong.any() else None
     return Stage({
-        "names": names, "jaccard": alike, "jaccard_by_chance": density / (2 - density), "effects": effects,
+        "names": names, "jaccard": alike, "jaccard_by_chance": float(np.mean(chance)), "effects": effects,
         "faithfulness": carried, "opposed_in_both_orders": opposed, "strong_in_both": int(strong.sum()),
         "lost_together": int((strong & ~masks[f"{CORRUPTIONS[0]}, both"]).sum()), "edges": sizes.edges,
     })  # fmt: skip
@@ -327,7 +333,7 @@ def edits(subject: Subject, found: Mapping[str, Any], told: Progress) -> Stage:
     )
     names, layers = subject.heads, [layer_of(h) for h in heads]
     free = {n: [h for h in names if layer_of(h) == n and h not in heads] for n in set(layers)}
-    draws = [[str(rng.choice(free[n])) for n in layers] for _ in range(subject.sizes.random)]
+    draws = [random_heads(free, layers, rng) for _ in range(subject.sizes.random)]
     predicted = _removed(subject, task.find, [heads])[0]
     measured, *others = _removed(subject, task.test, [heads, *draws], portion(told, 0, 1, 6))
     seed = subject.options.seed
@@ -356,6 +362,17 @@ def edits(subject: Subject, found: Mapping[str, Any], told: Progress) -> Stage:
         {"ablation": ablation, "steering": steered, "kept": kept},
         {caption: drawing.bars(rows, "change, logits")},
     )
+
+
+def random_heads(
+    free: Mapping[int, Sequence[str]], layers: Sequence[int], rng: np.random.Generator
+) -> list[str]:
+    """Different heads, as many of each layer as `layers` names it, or all that are free there if those are fewer."""
+    made = list[str]()
+    for layer in dict.fromkeys(layers):
+        n = min(layers.count(layer), len(free[layer]))
+        made += map(str, rng.choice(free[layer], n, replace=False))
+    return made
 
 
 _WRITERS = (
@@ -394,16 +411,12 @@ def _kept(
         )
         for c in (False, True)
     )
+    by_layer = {n: [h for h in names if layer_of(h) == n] for n in set(map(layer_of, names))}
     for k, (what, some) in enumerate(roles.items()):
         own = {h for role in some for h in found["roles"][role]["found"]}
         sets = [own]
         for _ in range(subject.sizes.kept):
-            drawn: set[str] = set()
-            for layer in {layer_of(h) for h in own}:
-                of_layer = [h for h in names if layer_of(h) == layer]
-                n = sum(layer_of(h) == layer for h in own)
-                drawn |= set(map(str, rng.choice(of_layer, n, replace=False)))
-            sets.append(drawn)
+            sets.append(set(random_heads(by_layer, sorted(map(layer_of, own)), rng)))
         changes = _removed(
             subject, test, [[h for h in names if h not in kept] for kept in sets], portion(told, k, k + 1, len(roles))
         )  # fmt: skip

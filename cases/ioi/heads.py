@@ -84,21 +84,20 @@ def heads(subject: Subject, told: Progress) -> Stage:
         "direct": speaks.to_dict(_SHOWN), "against": against.to_dict(_SHOWN), "copies": copies.to_dict(_SHOWN),
         "lowers": lowers.to_dict(_SHOWN), "grown": grown.to_dict(_SHOWN),
     }  # fmt: skip
-    inhibitors = [t.head for t in into["abc"].found]
+    found_inhibitors = roles["S-inhibition"]["found"]
+    inhibitors = found_inhibitors or _top(into["abc"])
     signals = {
-        SIGNALS[c]: {
-            h: _said(tests_of.of(h)) for h in (inhibitors or _top(into["abc"])) if _has(tests_of, h)
-        }
+        SIGNALS[c]: {h: _said(tests_of.of(h)) for h in inhibitors if _has(tests_of, h)}
         for c, tests_of in into.items()
     }
     places = {
         h: {p: float(seen[p][names.index(h)].mean()) for p in seen}
-        for h in _shown(roles, movers, inhibitors or _top(into["abc"]))
+        for h in _shown(roles, movers, inhibitors)
     }
     numbers: dict[str, Any] = {
         "roles": roles, "tests": tests, "movers": movers, "movers_found": bool(found), "signals": signals,
-        "attention_from_end": places, "inhibitors": inhibitors or _top(into["abc"]),
-        "inhibitors_found": bool(inhibitors), "removed": removed, "heads": len(names),
+        "attention_from_end": places, "inhibitors": inhibitors, "inhibitors_found": bool(found_inhibitors),
+        "removed": removed, "heads": len(names),
         "copied_in_top5": {h: float(copying.in_top[i].mean()) for i, h in enumerate(names) if h in places},
         "chance_in_top5": copying.chance_in_top, "examples": len(task.test),
         "independent": len(set(task.test.clusters)), "names": len(copying.tokens),
@@ -128,10 +127,8 @@ def _has(tests: RoleTests, head: str) -> bool:
 
 
 def _top(tests: RoleTests) -> list[str]:
-    """The heads with the largest measure, where none has the role."""
-    return [
-        t.head for t in sorted(tests.tests, key=lambda t: t.chance - t.value.value)[:_STAND_INS]
-    ]
+    """The heads with the largest measure, whatever it is by chance, where none has the role."""
+    return [t.head for t in sorted(tests.tests, key=lambda t: -t.value.value)[:_STAND_INS]]
 
 
 def _shown(roles: dict[str, Any], movers: Sequence[str], inhibitors: Sequence[str]) -> list[str]:
@@ -229,7 +226,9 @@ def _into_queries(
     """What heads do to the answer by way of the movers' queries alone, compared with other heads' queries.
 
     Path patching (Wang et al. 2022, section 3.2), of all movers together, from counterparts that take away the token
-    signal, the position signal, or both; the null is the same path into as many other heads of the movers' layers.
+    signal, the position signal, or both; the null is the same path into as many other heads of the movers' layers, or
+    all others if they are fewer. A head that does nothing through the movers' queries, and harm through the others',
+    differs from that null: so it also has to do something of consequence through the movers' (`least`).
     """
     sizes, names = subject.sizes, subject.heads
     rng, last = np.random.default_rng(subject.options.seed), max(map(layer_of, movers))

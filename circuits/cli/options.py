@@ -17,11 +17,11 @@ from circuits.autoencoders import Autoencoder, load_autoencoder
 from circuits.cli.choosing import labels_of, readable, usual_data
 from circuits.cli.output import note, progress_bar, say, show_json, show_table, warn
 from circuits.cli.signatures import Within, argument, option
-from circuits.examples import LIMIT, Examples
+from circuits.examples import LIMIT, Examples, whole
 from circuits.factories import from_file
 from circuits.files import check_writable
 from circuits.models.adapter.hooked_model import HookedModel
-from circuits.models.adapter.inputs import ImageInput
+from circuits.models.adapter.inputs import ImageInput, TokenInput
 from circuits.models.zoo.converting import convert_gguf
 from circuits.models.zoo.loading import find_autoencoder, load_model, record_of
 from circuits.models.zoo.placement import Precision
@@ -329,7 +329,15 @@ class Inputs(Images):
             raise ValueError(f"--data {self.data!r} does not go with --image or --text")
         if isinstance(model.input, ImageInput):
             raise ValueError(f"--text {self.text!r}: model {model.name} takes images")
+        say_if_cut(model, self.text)
         return Examples.texts(model, [self.text])
+
+
+def say_if_cut(model: HookedModel, text: str) -> None:
+    """Say of a text that is longer than the model's context that its end is not read."""
+    spec = model.input
+    if text and isinstance(spec, TokenInput) and (n := len(whole(spec, text))) > spec.n_ctx:
+        note(f"--text has {n} tokens: the model takes {spec.n_ctx}, and the rest is not read")
 
 
 @dataclass(frozen=True)
@@ -402,6 +410,7 @@ class PairsTask:
         """
         self._check()
         source = open_source(self.data) if self.data else None
+        say_if_cut(model, self.text)
         task = load_task(
             model, self.task, n=self.limit, seed=seed, how=self.take, data=source or "",
             texts=[self.text] if self.text else (), **self._asked(model, source),

@@ -178,6 +178,7 @@ def lens(
     if tokens:
         if not task.text:
             raise ValueError("--tokens needs a text (--text)")
+        options.say_if_cut(loaded, task.text)
         words = localization.lens_tokens(loaded, task.text, norm=norm, middle=middle)
         output.draw(lambda figures: figures.lens_tokens_figure(words))
         output.show(words, words.tables())

@@ -78,7 +78,9 @@ def attention(
         raise ValueError(
             "--text is empty: expected the text in which heads attend (--image for a vision transformer)"
         )
-    found = localization.attention_patterns(model.load(), text, named)
+    loaded = model.load()
+    options.say_if_cut(loaded, text)
+    found = localization.attention_patterns(loaded, text, named)
     output.draw(lambda figures: figures.attention_figure(found))
     output.show(found, found.tables())
 
@@ -107,6 +109,8 @@ def generate(
     if not isinstance(loaded.input, TokenInput):
         raise ValueError(f"model {model.spec} takes images: it continues no texts")
     recipe = recipe_of(loaded, edit, seed=seed, force=force) if edit else None
+    for one in text:
+        options.say_if_cut(loaded, one)
     examples = Examples.texts(loaded, text)
     prompts = [examples.tokens(i) for i in range(len(examples))]
     clean = _continued(loaded, prompts, tokens, temperature, seed)
