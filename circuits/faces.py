@@ -75,7 +75,7 @@ class Face:
                 return image.convert("RGB")
         try:
             with zipfile.ZipFile(self.path) as archive:
-                return Image.open(io.BytesIO(archive.read(self.member))).convert("RGB")
+                return open_picture(io.BytesIO(archive.read(self.member))).convert("RGB")
         except (KeyError, zipfile.BadZipFile) as error:
             raise OSError(f"{str(self.path)!r} has no picture {self.member!r}: {error}") from error
 

@@ -62,16 +62,20 @@ def test_a_groups_edge_is_those_of_its_channels_off_together(name: str) -> None:
 
 
 def check_runs(runs: Runs) -> None:
-    """Every edge patched is the corrupted run of images, and none the clean one, to the bit."""
+    """Every edge patched is the corrupted run of images, and none the clean one, up to rounding.
+
+    Passes of other sizes round differently on some processors.
+    """
     (pair,) = runs.pairs()
     none, full = both_ends(runs)
     assert pair.corrupted is not None
-    assert torch.equal(full, runs.value(pair.intact, pair.intact)[0])
-    assert torch.equal(none, runs.value(pair.corrupted, pair.intact)[0])
+    for found, run in ((full, pair.intact), (none, pair.corrupted)):
+        wanted = runs.value(run, pair.intact)[0]
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_none_off_is_the_clean_run_and_all_off_the_other_to_the_bit(name: str) -> None:
+def test_none_off_is_the_clean_run_and_all_off_the_other(name: str) -> None:
     graph, _ = grouped(name)
     check_runs(Runs(graph, task_of(graph.model)))
 

@@ -150,9 +150,15 @@ def _conv(sources: int, units: int, size: int, stride: int = 1) -> nn.Conv2d:
     )  # fmt: skip
 
 
+_GRID = 2**20
+"""Weights are multiples of its inverse, a millionth: they are the same on every machine."""
+
+
 def _write(conv: nn.Conv2d, weight: Tensor, threshold: float = 0.0) -> None:
     assert conv.bias is not None, "clean-room convolutions have a bias"
-    conv.weight.copy_(weight)
+    # Processors differ in the last digits of sines and exponentials: what is left of a sum that cancels, and with it
+    # the hash of the network, would be another on each.
+    conv.weight.copy_((weight * _GRID).round() / _GRID)
     conv.bias.fill_(-threshold)
 
 
